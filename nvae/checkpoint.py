@@ -1,0 +1,68 @@
+"""Checkpoints: written whole or not at all, read without unpickling anything but tensors and plain containers."""
+
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .config import UserError
+
+FORMAT = "nvae-checkpoint"
+VERSION = 1
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that will exist whole or not at all: written under a temporary name, flushed to disk, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically: tensors and plain containers under the format's name and version."""
+    with atomic_file(path) as file:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+
+
+def read_safely(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
+    """The dict a checkpoint file holds, on the CPU. Only tensors, plain containers and `allowed` types are unpickled.
+
+    Raises UserError, in one line, for a file that is missing, truncated, not a checkpoint, or holds anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
+            found = next((word for word in str(error).split() if "." in word and "GLOBAL" not in word), "")
+            raise UserError(
+                f"{path}: refused, it is not a checkpoint of tensors and plain containers {found}".rstrip()
+            ) from error
+        raise UserError(f"{path}: not a checkpoint, or damaged") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged or truncated, or not a checkpoint") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint (holds a {type(content).__name__})")
+    return content
+
+
+def is_ours(content: dict[str, Any]) -> bool:
+    """True for a checkpoint of this package, False for a foreign one."""
+    return content.get("format") == FORMAT

@@ -1,0 +1,180 @@
+"""Configs: typed, documented, frozen; read from YAML with dotted overrides; all errors reported at once.
+
+A component declares its own ``Config`` beside itself. A field's docstring is its `--help`: meaning, unit, and where
+the default comes from.
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+
+class UserError(ValueError):
+    """Something the user can fix. Commands print its message without a traceback and exit with code 2."""
+
+
+class Config(BaseModel):
+    """Base of every section: unknown fields are errors, values never change, attribute docstrings are the help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are those of YAML 1.2: `1e-2` is a number, `yes` and `off` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+# An integer must win over a float of the same spelling, so the float resolver is appended after YAML's own.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text; raises UserError naming `source` and the line where it does not parse."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises UserError when it is missing, unreadable or something else."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    data = parse_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, found {type(data).__name__}")
+    return data
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `data` with each `section.field=value` set; values are read as YAML."""
+    result: dict[str, Any] = json.loads(json.dumps(data))
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise UserError(f"'{override}': an override is written section.field=value")
+        target = result
+        *sections, field = dotted.split(".")
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise UserError(f"'{override}': {section} is a value, not a section")
+        target[field] = parse_yaml(text, override)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- validation
+
+
+def validate(config: type[ConfigT], data: Mapping[str, Any], source: str) -> ConfigT:
+    """Checks `data` strictly (true is no number, "4" is no integer, 1 is a float) and reports every error at once.
+
+    Raises UserError with one line per error: the field, what was found, what is allowed, the nearest name.
+    """
+    try:
+        # JSON's strict mode is YAML's type system: lists may become tuples and strings paths, nothing else converts.
+        return config.model_validate_json(json.dumps(data), strict=True)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            lines = [_sentence(config, problem) for problem in error.errors(include_url=False)]
+            raise UserError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+        raise UserError(f"{source}: {error}") from error
+
+
+def _sentence(config: type[Config], problem: Any) -> str:
+    """One line for one of pydantic's errors."""
+    where = ".".join(str(part) for part in problem["loc"]) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown field{nearest(str(problem['loc'][-1]), _names_at(config, problem['loc'][:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: required and missing"
+    if problem["type"] in ("value_error", "assertion_error"):
+        return f"{where}: {problem['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
+    found = json.dumps(problem["input"])
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        message += nearest(str(problem["input"]), choices)
+    return f"{where}: {message}, found {found if len(found) < 80 else found[:77] + '...'}"
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the name most like `name`, or the allowed names when none is near."""
+    names = list(names)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if match:
+        return f"; did you mean '{match[0]}'?"
+    return f"; allowed: {', '.join(names)}" if names else ""
+
+
+def _names_at(config: type[Config], loc: tuple[Any, ...]) -> list[str]:
+    section: type[Config] | None = config
+    for part in loc:
+        field = section.model_fields.get(str(part)) if section else None
+        section = _section_type(field) if field else None
+    return list(section.model_fields) if section else []
+
+
+def _section_type(field: FieldInfo) -> type[Config] | None:
+    """The Config class of a field that is a section (or an optional one), else None."""
+    candidates = typing.get_args(field.annotation) or (field.annotation,)
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, Config):
+            return candidate
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- help and writing
+
+
+def describe(config: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, meaning) of every field, sections opened in place."""
+    for name, field in config.model_fields.items():
+        section = _section_type(field)
+        if section is not None:
+            yield from describe(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.get_default(), default=str)
+        yield f"{prefix}{name}", _type_name(field.annotation), default, " ".join((field.description or "").split())
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {_type_name(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML; reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,166 @@
+"""Convolutions, and the effective (normalised, masked) weights they use (spec §1; Salimans & Kingma 2016).
+
+A convolution stores raw parameters; what it multiplies with is its *effective* weight. `EffectiveWeights` makes the
+effective weights of a whole model in one pass per step, batched by shape, hands each convolution its own, and keeps
+the batches for the spectral regulariser. In evaluation they are made once and reused until a parameter changes.
+
+Shapes: B batch, C channels, H W space; O outputs, R = C/groups · kh · kw of a kernel; N convolutions of one shape.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def weight_norm(weight: Tensor, log_gain: Tensor) -> Tensor:
+    """exp(g) · v / (‖v‖₂ + 1e-5), the norm over the last axis (spec §1). weight (…, O, R), log_gain (…, O, 1)."""
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    return log_gain.exp() * weight / (norm + 1e-5)
+
+
+class Conv2d(nn.Module):
+    """A convolution that keeps H and W at stride 1 (odd kernel, zero padding), weight-normalised unless told otherwise.
+
+    `mask` (broadcastable to the kernel) removes connections; the norm is taken of what remains. `initial_gain` scales
+    the starting output of a weight-normalised convolution.
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        normalised: bool = True,
+        mask: Tensor | None = None,
+        initial_gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        assert kernel_size % 2 == 1
+        self.stride, self.dilation, self.groups = stride, dilation, groups
+        self.padding = kernel_size // 2 * dilation
+        self.normalised = normalised
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.register_buffer("mask", None if mask is None else mask.expand(self.weight.shape).clone(), persistent=False)
+        self._initialise_like_torch()
+        if normalised:
+            norm = self.masked_matrix().norm(dim=1).reshape(-1, 1, 1, 1)
+            self.log_gain = nn.Parameter((norm + 1e-2).log().detach() + math.log(initial_gain))
+        self._effective: Tensor | None = None
+
+    def _initialise_like_torch(self) -> None:
+        """PyTorch's own Conv2d start: uniform in ± 1/sqrt(R) for the kernel and the bias."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def masked_matrix(self) -> Tensor:
+        """The raw kernel without masked connections, (O, R)."""
+        weight = self.weight if self.mask is None else self.weight * self.mask
+        return weight.flatten(1)
+
+    def effective_weight(self) -> Tensor:
+        """The kernel (O, C/groups, kh, kw) this convolution multiplies with."""
+        if self._effective is not None:
+            return self._effective
+        matrix = self.masked_matrix()
+        if self.normalised:
+            matrix = weight_norm(matrix, self.log_gain.flatten(1))
+        return matrix.reshape(self.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, H/stride, W/stride)."""
+        weight = self.effective_weight()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry parameters only: an effective weight belongs to one graph."""
+        return {**self.__dict__, "_effective": None}
+
+    def extra_repr(self) -> str:
+        return f"{list(self.weight.shape)}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+
+
+class EffectiveWeights:
+    """The effective weights of all convolutions of a model, made in one pass and shared by all who need them.
+
+    `matrices` maps a kernel shape to (N, O, R), float32, with gradient; the N convolutions of that shape are in
+    `convolutions` under the same key.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.convolutions: dict[str, list[Conv2d]] = {}
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                self.convolutions.setdefault(self._key(module), []).append(module)
+        self.matrices: dict[str, Tensor] = {}
+        self._made_for: tuple[Any, ...] | None = None
+
+    @staticmethod
+    def _key(convolution: Conv2d) -> str:
+        kind = ("n" if convolution.normalised else "p") + ("" if convolution.mask is None else "m")
+        return "x".join(map(str, convolution.weight.shape)) + kind
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, O) of each batch of matrices."""
+        return {key: (len(group), group[0].weight.shape[0]) for key, group in self.convolutions.items()}
+
+    def refresh(self) -> None:
+        """Makes the effective weights anew; without gradients only if a parameter has changed since the last time."""
+        state = None if torch.is_grad_enabled() else self._state()
+        if state is not None and state == self._made_for:
+            return
+        self._made_for = state
+        for key, convolutions in self.convolutions.items():
+            matrix = self.matrices[key] = self._stack(convolutions)
+            used = _for_autocast(matrix)
+            for convolution, weight in zip(convolutions, used.unbind(), strict=True):
+                convolution._effective = weight.reshape(convolution.weight.shape)
+
+    def clear(self) -> None:
+        """Forgets them: each convolution makes its own at every use, until the next refresh."""
+        self.matrices, self._made_for = {}, None
+        for convolution in self._all():
+            convolution._effective = None
+
+    @staticmethod
+    def _stack(convolutions: list[Conv2d]) -> Tensor:
+        matrix = torch.stack([convolution.weight.flatten(1) for convolution in convolutions])  # (N, O, R)
+        if convolutions[0].mask is not None:
+            matrix = matrix * torch.stack([c.mask.flatten(1) for c in convolutions if c.mask is not None])
+        if convolutions[0].normalised:
+            gains = torch.stack([convolution.log_gain.flatten(1) for convolution in convolutions])  # (N, O, 1)
+            matrix = weight_norm(matrix, gains)
+        return matrix
+
+    def _all(self) -> Iterable[Conv2d]:
+        return (convolution for group in self.convolutions.values() for convolution in group)
+
+    def _state(self) -> tuple[Any, ...]:
+        """What the effective weights depend on: each parameter's place and version, and autocast's type."""
+        parameters = [p for c in self._all() for p in (c.weight, getattr(c, "log_gain", None)) if p is not None]
+        kind = parameters[0].device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return (precision, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"convolutions": self.convolutions, "matrices": {}, "_made_for": None}
+
+
+def _for_autocast(matrix: Tensor) -> Tensor:
+    """Cast once for all convolutions of a shape, where autocast would cast each."""
+    kind = matrix.device.type
+    return matrix.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else matrix

@@ -1,0 +1,52 @@
+"""Latent variables: bounded Normals, the residual posterior, KL (spec §3; paper §3.2, Eq. 2).
+
+Everything here is computed in at least float32. Shapes: B batch, L latent channels, h w space of a group.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def soft_clamp(u: Tensor) -> Tensor:
+    """5·tanh(u/5): the identity near 0, never beyond ±5 (spec §3)."""
+    return 5 * torch.tanh(u / 5)
+
+
+def at_least_float32(u: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32, float32 and float64 stay."""
+    return u.float() if u.dtype.itemsize < 4 else u
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent Normals; mean and sigma are (B, L, h, w)."""
+
+    mean: Tensor
+    sigma: Tensor
+
+    @staticmethod
+    def from_raw(raw: Tensor, temperature: float = 1.0) -> "Normal":
+        """From raw parameters (B, 2L, h, w): mean soft(m), sigma (exp(soft(l)) + 0.01) · temperature (spec §3)."""
+        mean, log_sigma = soft_clamp(at_least_float32(raw)).chunk(2, dim=1)
+        return Normal(mean, (log_sigma.exp() + 0.01) * temperature)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """μ + σ·ε for standard-normal noise (B, L, h, w)."""
+        return self.mean + self.sigma * noise
+
+    def noise_of(self, z: Tensor) -> Tensor:
+        """The ε for which `draw` gives z."""
+        return (z - self.mean) / self.sigma
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of each element in nats, (B, L, h, w)."""
+        return -0.5 * self.noise_of(z).square() - 0.5 * math.log(2 * math.pi) - self.sigma.log()
+
+
+def kl_divergence(q: Normal, p: Normal) -> Tensor:
+    """KL(q ‖ p) of each element in nats: ½(((μq−μp)/σp)² + (σq/σp)²) − ½ − log(σq/σp) (spec §3; paper Eq. 2)."""
+    ratio = q.sigma / p.sigma
+    return 0.5 * (((q.mean - p.mean) / p.sigma).square() + ratio.square()) - 0.5 - ratio.log()

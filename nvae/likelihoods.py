@@ -1,0 +1,268 @@
+"""Likelihoods of images: Bernoulli, discretised mixture of logistics, Normal (spec §4).
+
+All are computed in at least float32. Shapes: B batch, C image channels, H W space, M mixture components.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from .config import Config
+from .latents import Normal, at_least_float32
+
+MixtureEdge = Literal["right", "published"]
+
+
+class LikelihoodConfig(Config):
+    kind: Literal["bernoulli", "logistic_mixture", "normal"] = "logistic_mixture"
+    """Distribution of a pixel: `bernoulli` for binarised one-channel images, `logistic_mixture` for 1 or 3 channels (a
+    probability per level, so bits/dim are comparable), `normal` (a density: bits/dim are not comparable)."""
+    bits: int = Field(8, ge=1, le=8)
+    """Bits of an image channel; images are quantised to 2**bits levels. Binary images keep 8."""
+    components: int = Field(10, ge=1)
+    """Components of the logistic mixture."""
+    edge: MixtureEdge = "right"
+    """`right`: the probabilities of the mixture's levels sum to 1. `published`: the tail tests of the published code,
+    which count level 254 of 255 as the highest; for comparisons with its figures only."""
+    border: int = Field(0, ge=0)
+    """Pixels at each side of the image that are padding: they do not count in the likelihood nor in bits/dim."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LikelihoodConfig":
+        if self.kind == "bernoulli" and self.bits != 8:
+            raise ValueError("bits: a Bernoulli likelihood takes binary images, leave bits at 8")
+        return self
+
+
+def quantise(x: Tensor, bits: int) -> Tensor:
+    """Images in [0, 1] on the grid of 2^b levels: floor(255x / 2^(8−b)) / (2^b − 1); unchanged at 8 bits (spec §4)."""
+    if bits == 8:
+        return x
+    # Images are multiples of 1/255 or of 1/(2^b − 1) up to rounding; 1e-3 of a level undoes the rounding.
+    level = torch.floor(255 * x / 2 ** (8 - bits) + 1e-3)
+    return level / float(2**bits - 1)
+
+
+class Likelihood(ABC):
+    """p(x | z) for a batch of images, from the decoder's raw output `params`."""
+
+    noise_channels: ClassVar[int] = 0
+    is_density = False
+    """True where `log_prob` is a density and not the probability of a level."""
+
+    def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int) -> None:
+        self.params = at_least_float32(params)
+        self.config = config
+        self.channels = channels
+
+    @property
+    def dims(self) -> int:
+        """How many numbers of an image count: channels · height · width without the border."""
+        border = 2 * self.config.border
+        return self.channels * (self.params.shape[2] - border) * (self.params.shape[3] - border)
+
+    def visible(self, image: Tensor) -> Tensor:
+        """The part of (B, C, H, W) inside the border."""
+        b = self.config.border
+        return image[:, :, b : image.shape[2] - b, b : image.shape[3] - b]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-likelihood in nats, (B,), of images (B, C, H, W) in [0, 1]; quantised here if they are not."""
+        pixels = self._log_prob(quantise(at_least_float32(x), self.config.bits))
+        return self.visible(pixels).sum((1, 2, 3))
+
+    @abstractmethod
+    def _log_prob(self, x: Tensor) -> Tensor:
+        """Nats per pixel (B, 1 or C, H, W) of quantised images."""
+
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """The mean image (B, C, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def sample(self, temperature: float = 1.0, uniform: Tensor | None = None) -> Tensor:
+        """A draw (B, C, H, W) in [0, 1]. `uniform` (B, `noise_shape`…) in [0, 1) replaces fresh random numbers."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the uniform numbers that one draw of the batch takes."""
+
+    def _uniform(self, given: Tensor | None) -> Tensor:
+        """The given numbers or fresh ones, kept off 0 and 1."""
+        numbers = torch.rand(self.noise_shape, device=self.params.device) if given is None else given
+        return numbers.clamp(1e-5, 1 - 1e-5)
+
+
+class Bernoulli(Likelihood):
+    """Independent binary pixels; params (B, C, H, W) are logits."""
+
+    @staticmethod
+    def params_per_pixel(config: LikelihoodConfig, channels: int) -> int:
+        return channels
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(self.params, x, reduction="none")
+
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.params)
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int, int]:
+        batch, channels, height, width = self.params.shape
+        return batch, channels, height, width
+
+    def sample(self, temperature: float = 1.0, uniform: Tensor | None = None) -> Tensor:
+        """The logits are divided by the temperature."""
+        return (self._uniform(uniform) < torch.sigmoid(self.params / temperature)).to(self.params.dtype)
+
+
+class LogisticMixture(Likelihood):
+    """Mixture of M discretised logistics on the [−1, 1] scale (Salimans et al. 2017; spec §4).
+
+    Params per pixel: M logits, then per colour M means, M log-scales ≥ −7 and, for RGB, M coefficients through tanh.
+    G's mean shifts with the observed R, B's with R and G.
+    """
+
+    @staticmethod
+    def params_per_pixel(config: LikelihoodConfig, channels: int) -> int:
+        return config.components * (10 if channels == 3 else 3)
+
+    def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int) -> None:
+        super().__init__(params, config, channels)
+        batch, _, height, width = params.shape
+        m = config.components
+        self.logits = self.params[:, :m]  # (B, M, H, W)
+        rest = self.params[:, m:].reshape(batch, channels, -1, m, height, width)  # (B, C, 3 or 2, M, H, W)
+        self.means = rest[:, :, 0]  # (B, C, M, H, W)
+        self.log_scales = rest[:, :, 1].clamp(min=-7)
+        self.coefficients = rest[:, :, 2].tanh() if channels == 3 else None
+
+    def _shifted_means(self, x: Tensor) -> Tensor:
+        """Component means given the observed image x (B, C, 1, H, W) in [−1, 1]: (B, C, M, H, W)."""
+        if self.coefficients is None:
+            return self.means
+        c0, c1, c2 = self.coefficients.unbind(1)  # each (B, M, H, W)
+        red, green, _ = x.unbind(1)  # each (B, 1, H, W)
+        mean_r, mean_g, mean_b = self.means.unbind(1)
+        return torch.stack([mean_r, mean_g + c0 * red, mean_b + c1 * red + c2 * green], dim=1)
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        x = (2 * x - 1).unsqueeze(2)  # (B, C, 1, H, W)
+        centred = x - self._shifted_means(x)
+        levels = 2**self.config.bits - 1
+        if self.config.edge == "published":
+            per_colour = published_logistic_log_prob(x, centred, self.log_scales, levels)
+        else:
+            per_colour = logistic_log_prob(x, centred, self.log_scales, levels)
+        return torch.logsumexp(per_colour.sum(1) + F.log_softmax(self.logits, dim=1), dim=1, keepdim=True)
+
+    def mean(self) -> Tensor:
+        weights = F.softmax(self.logits, dim=1).unsqueeze(1)  # (B, 1, M, H, W)
+        mean = (weights * self.means).sum(2)  # (B, C, H, W)
+        if self.coefficients is None:
+            return mean.clamp(-1, 1) / 2 + 0.5
+        c0, c1, c2 = (weights * self.coefficients).sum(2).unbind(1)
+        red = mean[:, 0].clamp(-1, 1)
+        green = (mean[:, 1] + c0 * red).clamp(-1, 1)
+        blue = (mean[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
+        return torch.stack([red, green, blue], dim=1) / 2 + 0.5
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int, int]:
+        batch, components, height, width = self.logits.shape
+        return batch, components + self.channels, height, width
+
+    def sample(self, temperature: float = 1.0, uniform: Tensor | None = None) -> Tensor:
+        """Component by Gumbel-max at the temperature, then each colour in turn, its noise times the temperature."""
+        numbers = self._uniform(uniform)
+        m = self.config.components
+        gumbel = -torch.log(-torch.log(numbers[:, :m]))
+        chosen = (self.logits / temperature + gumbel).argmax(dim=1)[:, None, None]  # (B, 1, 1, H, W)
+
+        def pick(values: Tensor) -> Tensor:  # (B, C, M, H, W) -> (B, C, H, W)
+            return values.gather(2, chosen.expand(-1, values.shape[1], -1, -1, -1)).squeeze(2)
+
+        logistic = torch.logit(numbers[:, m:])  # (B, C, H, W)
+        x = pick(self.means) + temperature * pick(self.log_scales).exp() * logistic
+        if self.coefficients is None:
+            return x.clamp(-1, 1) / 2 + 0.5
+        c0, c1, c2 = pick(self.coefficients).unbind(1)
+        red = x[:, 0].clamp(-1, 1)
+        green = (x[:, 1] + c0 * red).clamp(-1, 1)
+        blue = (x[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
+        return torch.stack([red, green, blue], dim=1) / 2 + 0.5
+
+
+def logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int) -> Tensor:
+    """Log-probability in nats of a level x ∈ [−1, 1] under a discretised logistic; sums to 1 over the levels.
+
+    With a, b the ends of the level's bin in units of the scale, σ(b) − σ(a) = σ(b) σ(−a) (1 − e^(a−b)), which stays
+    exact where the difference underflows. The lowest level takes the left tail, the highest the right one. `centred`
+    is x minus the mean; `levels` V = 2^b − 1, bins are 2/V wide.
+    """
+    inverse = torch.exp(-log_scales)
+    upper = F.logsigmoid((centred + 1 / levels) * inverse)  # log σ(b)
+    lower = F.logsigmoid(-(centred - 1 / levels) * inverse)  # log σ(−a)
+    width = torch.log(-torch.expm1(-2 / levels * inverse))
+    lowest, highest = x < -1 + 1 / levels, x > 1 - 1 / levels
+    return torch.where(lowest, upper, torch.where(highest, lower, upper + lower + width))
+
+
+def published_logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int) -> Tensor:
+    """As `logistic_log_prob`, as the published code has it (spec §4): does not sum to 1.
+
+    "Highest" is x > 0.99, and the density at the centre times 2/V stands in where the difference is at most 1e-5.
+    """
+    inverse = torch.exp(-log_scales)
+    b, a = (centred + 1 / levels) * inverse, (centred - 1 / levels) * inverse
+    difference = torch.sigmoid(b) - torch.sigmoid(a)
+    middle = centred * inverse
+    density = middle - log_scales - 2 * F.softplus(middle) - math.log(levels / 2)
+    inside = torch.where(difference > 1e-5, difference.clamp(min=1e-10).log(), density)
+    return torch.where(x < -0.999, F.logsigmoid(b), torch.where(x > 0.99, F.logsigmoid(-a), inside))
+
+
+class NormalLikelihood(Likelihood):
+    """Independent Normals on the [−1, 1] scale; params (B, 2C, H, W): means, then log σ, as latents' (spec §4).
+
+    A density: bits/dim from it are not comparable with a discrete likelihood's.
+    """
+
+    is_density = True
+
+    @staticmethod
+    def params_per_pixel(config: LikelihoodConfig, channels: int) -> int:
+        return 2 * channels
+
+    def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int) -> None:
+        super().__init__(params, config, channels)
+        self.normal = Normal.from_raw(self.params)
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        return self.normal.log_prob(2 * x - 1)
+
+    def mean(self) -> Tensor:
+        return self.normal.mean.clamp(-1, 1) / 2 + 0.5
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int, int]:
+        batch, channels, height, width = self.normal.mean.shape
+        return batch, channels, height, width
+
+    def sample(self, temperature: float = 1.0, uniform: Tensor | None = None) -> Tensor:
+        """The standard deviation is multiplied by the temperature."""
+        noise: Tensor = torch.special.ndtri(self._uniform(uniform))
+        return (self.normal.mean + temperature * self.normal.sigma * noise).clamp(-1, 1) / 2 + 0.5
+
+
+LIKELIHOODS: dict[str, type[Bernoulli] | type[LogisticMixture] | type[NormalLikelihood]] = {
+    "bernoulli": Bernoulli,
+    "logistic_mixture": LogisticMixture,
+    "normal": NormalLikelihood,
+}

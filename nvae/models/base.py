@@ -1,0 +1,129 @@
+"""The contract of a model family: what the trainer, the evaluation and the commands may ask of any of them.
+
+Shapes: B batch, C image channels, H W space, G latent groups (top-down), L latent channels, h w space of a group.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..config import Config, UserError
+from ..likelihoods import Likelihood, LikelihoodConfig
+
+Density = Literal["exact", "bound", "none"]
+Recomputation = Literal["none", "activations", "cells"]
+Temperature = float | Sequence[float]
+Noise = Sequence[Tensor]
+Metrics = dict[str, Tensor]
+
+
+class ModelConfig(Config):
+    family: str
+    """Which family of models: `nvae`, or `package.module:Class` for one of your own."""
+    image_size: int = Field(32, ge=1)
+    """Height and width of the model's input in pixels, padding included."""
+    image_channels: Literal[1, 3] = 3
+    """1 for grey or binary images, 3 for RGB."""
+    likelihood: LikelihoodConfig = LikelihoodConfig()
+
+
+@dataclass
+class Output:
+    """What a model says of a batch."""
+
+    likelihood: Likelihood
+    """p(x | z)."""
+    target: Tensor
+    """(B, C, H, W) in [0, 1], the images as the likelihood takes them."""
+    kl: Tensor
+    """(B, G) nats, top-down."""
+    log_q: Tensor | None
+    """(B,) nats, log q(z | x) at the draw; None where the family has no such density."""
+    log_p: Tensor | None
+    """(B,) nats, log p(z) at the draw; None likewise."""
+    z: list[Tensor]
+    """The latents (B, L, h, w), top-down."""
+
+    @cached_property
+    def reconstruction(self) -> Tensor:
+        """−log p(x | z) in nats, (B,)."""
+        return -self.likelihood.log_prob(self.target)
+
+    @property
+    def log_weight(self) -> Tensor:
+        """log p(x | z) + log p(z) − log q(z | x), (B,) nats: the importance weight of the draw (spec §7)."""
+        if self.log_q is None or self.log_p is None:
+            raise UserError("this family has no density of its latents, so there are no importance weights")
+        return self.log_p - self.log_q - self.reconstruction
+
+
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
+
+
+class Family(nn.Module, ABC, Generic[ConfigT]):
+    """A hierarchical VAE. `noise` is one standard-normal tensor per group, top-down; None draws fresh ones."""
+
+    config_type: ClassVar[type[ModelConfig]]
+    """The family's own config."""
+    density: ClassVar[Density] = "bound"
+    """Whether log p(x) is computed exactly, bounded (importance weights exist), or not available."""
+
+    def __init__(self, config: ConfigT) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Output:
+        """Encodes and decodes images (B, C, H, W) in [0, 1], quantising them itself."""
+        return self.decode(self.encode(x), noise=noise)
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Any:
+        """The deterministic bottom-up pass: features for any number of `decode` calls."""
+
+    @abstractmethod
+    def decode(self, features: Any, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
+        """Draws the latents of encoded images and decodes them. `latents` gives the first groups, top-down."""
+
+    @abstractmethod
+    def sample(
+        self,
+        n: int,
+        temperature: Temperature = 1.0,
+        noise: Noise | None = None,
+        latents: Sequence[Tensor] | None = None,
+    ) -> Likelihood:
+        """n draws from the prior, its σ times the temperature (a number, or one per group, top-down).
+
+        `latents` gives the first groups, top-down; the rest is drawn.
+        """
+
+    @abstractmethod
+    def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
+        """The shape of each group's noise for n images, top-down."""
+
+    @abstractmethod
+    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+        """The scalar to minimise, in nats per image, at a fraction of training done, and detached metrics to log."""
+
+    def set_recomputation(self, mode: Recomputation) -> None:
+        """What the backward pass computes again instead of keeping it. Raises UserError where a mode is not offered."""
+        if mode != "none":
+            raise UserError(f"train.recompute: {type(self).__name__} offers none, found '{mode}'")
+
+    def mark_loaded(self) -> None:
+        """Called after weights were loaded: whatever starts from data counts as started."""
+
+
+def temperatures(temperature: Temperature, groups: int) -> list[float]:
+    """One temperature per group. Raises UserError for another number of them, or for a negative one."""
+    values = [float(temperature)] * groups if isinstance(temperature, (int, float)) else [float(t) for t in temperature]
+    if len(values) != groups:
+        raise UserError(f"temperature: {len(values)} values for {groups} latent groups; give one, or one per group")
+    if min(values) < 0:
+        raise UserError(f"temperature: must be 0 or more, found {min(values)}")
+    return values

@@ -1,0 +1,393 @@
+"""NVAE: a deep hierarchical VAE of residual cells (Vahdat & Kautz 2020; spec §2, §3, §5).
+
+Shapes: B batch, C channels, H W space, G latent groups (top-down), S scales, L latent channels, h w space of a group.
+"Bottom-up" is the encoder, from image to code; "top-down" the decoder. A group's level is the number of halvings
+between the image and its latents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..cells import ARCHITECTURES, Cell, Op, RegularOp
+from ..config import nearest
+from ..convolutions import Conv2d, EffectiveWeights
+from ..flows import FlowCell
+from ..latents import Normal, kl_divergence
+from ..layers import BatchNorm
+from ..likelihoods import LIKELIHOODS, Likelihood, quantise
+from ..objective import (
+    ObjectiveConfig,
+    balance_factors,
+    balance_weights,
+    balanced_kl,
+    kl_coefficient,
+    spectral_weight,
+)
+from ..regularizers import SpectralPenalty, batch_norm_penalty
+from .base import Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
+
+
+class NVAEConfig(ModelConfig):
+    family: Literal["nvae"] = "nvae"
+    """Which family of models."""
+    scales: int = Field(1, ge=1)
+    """Number of latent resolutions; each is half the one before."""
+    groups: int = Field(10, ge=1)
+    """Latent groups at the largest latent resolution."""
+    adaptive_groups: bool = False
+    """Halve the number of groups from scale to scale; otherwise all scales have the same."""
+    min_groups: int = Field(1, ge=1)
+    """Fewest groups a scale may have when adaptive."""
+    latent_channels: int = Field(20, ge=1)
+    """Channels of a latent variable, L."""
+    encoder_channels: int = Field(32, ge=4)
+    """Bottom-up channels at the image's resolution; they double at every halving."""
+    decoder_channels: int = Field(32, ge=4)
+    """Top-down channels at the image's resolution; they double at every halving."""
+    halvings: int = Field(1, ge=0)
+    """Halvings before the largest latent resolution (blocks of pre-processing, and of post-processing)."""
+    preprocess_cells: int = Field(2, ge=1)
+    """Cells of a pre-processing block; the last one halves the resolution."""
+    postprocess_cells: int = Field(2, ge=1)
+    """Cells of a post-processing block; the first one doubles the resolution."""
+    encoder_cells: int = Field(2, ge=0)
+    """Bottom-up cells per latent group."""
+    decoder_cells: int = Field(2, ge=0)
+    """Top-down cells per latent group."""
+    flows: int = Field(0, ge=0)
+    """Inverse-autoregressive flow cells per group, on the posterior."""
+    squeeze_excite: bool = True
+    """Squeeze-and-excitation in every cell."""
+    residual_posterior: bool = True
+    """The encoder gives the posterior relative to the prior (paper §3.2)."""
+    architecture: str = "res_mbconv"
+    """Which cells stand where: a row of the architecture table (nvae/cells.py)."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> "NVAEConfig":
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture: no '{self.architecture}'{nearest(self.architecture, ARCHITECTURES)}")
+        if self.likelihood.kind == "bernoulli" and self.image_channels != 1:
+            raise ValueError("likelihood.kind: bernoulli is for one-channel images, image_channels is 3")
+        if self.likelihood.kind == "normal" and self.image_channels != 3:
+            raise ValueError("likelihood.kind: normal is for RGB images, image_channels is 1")
+        if 2 * self.likelihood.border >= self.image_size:
+            raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
+        halvings = self.halvings + self.scales - 1
+        if self.image_size % 2**halvings:
+            possible = (self.image_size & -self.image_size).bit_length() - 1
+            raise ValueError(
+                f"image_size: {self.image_size} pixels can be halved {possible} times; halvings={self.halvings} and "
+                f"scales={self.scales} need {halvings} (a multiple of {2**halvings} pixels)"
+            )
+        return self
+
+    @property
+    def groups_per_scale(self) -> list[int]:
+        """Number of groups of each scale, bottom-up from the largest latent resolution (spec §2)."""
+        if not self.adaptive_groups:
+            return [self.groups] * self.scales
+        return [max(self.groups // 2**scale, self.min_groups) for scale in range(self.scales)]
+
+    @property
+    def levels(self) -> list[int]:
+        """The halvings of each group's resolution, top-down."""
+        by_scale = enumerate(self.groups_per_scale)
+        return [self.halvings + scale for scale, count in reversed(list(by_scale)) for _ in range(count)]
+
+    @property
+    def is_vanilla(self) -> bool:
+        """One scale with one group: a plain VAE, without towers (spec §2)."""
+        return self.groups_per_scale == [1]
+
+
+@dataclass
+class Features:
+    """The bottom-up pass of a batch."""
+
+    target: Tensor
+    """(B, C, H, W), the quantised images."""
+    taps: list[Tensor]
+    """What each group's posterior sees of the image, (B, C, h, w), top-down."""
+
+
+class LatentGroup(nn.Module):
+    """One group of latents: its cells in both towers, its distributions, and how its z enters the decoder (spec §2)."""
+
+    def __init__(self, config: NVAEConfig, level: int, *, first: bool) -> None:
+        super().__init__()
+        architecture = ARCHITECTURES[config.architecture]
+        encoder, decoder = config.encoder_channels * 2**level, config.decoder_channels * 2**level
+        latent, plain = config.latent_channels, config.is_vanilla
+        self.is_first, self.is_vanilla, self.residual_posterior = first, plain, config.residual_posterior
+
+        def cells(ops: tuple[Op, ...], channels: int, count: int) -> nn.Sequential:
+            return nn.Sequential(*(Cell(ops, channels, "same", config.squeeze_excite) for _ in range(count)))
+
+        self.encoder_cells = cells(architecture.encoder, encoder, 0 if plain else config.encoder_cells)
+        self.posterior = Conv2d(encoder, 2 * latent, 3)
+        self.flow = nn.ModuleList(FlowCell(latent) for _ in range(config.flows))
+        self.decoder_cells = cells(architecture.decoder, decoder, 0 if first else config.decoder_cells)
+        self.combine = Conv2d(latent if plain else decoder + latent, decoder)
+        if not first:
+            self.merge = Conv2d(decoder, encoder)
+            self.prior = Conv2d(decoder, 2 * latent)
+
+    def prior_raw(self, state: Tensor) -> Tensor | None:
+        """Raw prior parameters (B, 2L, h, w) from the decoder state; None, that is zeros, for the first group."""
+        return None if self.is_first else self.prior(F.elu(state)).float()
+
+    def posterior_raw(self, tap: Tensor, state: Tensor, prior_raw: Tensor | None) -> Tensor:
+        """Raw posterior parameters (B, 2L, h, w); residual ones add to the prior's before the soft clamp (spec §3)."""
+        if prior_raw is None:
+            return cast(Tensor, self.posterior(tap).float())
+        raw: Tensor = self.posterior(tap + self.merge(state)).float()
+        return prior_raw + raw if self.residual_posterior else raw
+
+    def through_flow(self, z: Tensor) -> Tensor:
+        """The posterior draw after its flow cells."""
+        for cell in self.flow:
+            z = cell(z)
+        return z
+
+    def before_flow(self, z: Tensor) -> Tensor:
+        """The draw that the flow cells turned into z."""
+        for cell in reversed(self.flow):
+            z = cast(FlowCell, cell).inverse(z)
+        return z
+
+    def combined(self, state: Tensor, z: Tensor) -> Tensor:
+        """The decoder state (B, C, h, w) after z has entered it."""
+        return cast(Tensor, self.combine(z if self.is_vanilla else torch.cat([state, z.to(state.dtype)], dim=1)))
+
+
+class NVAE(Family[NVAEConfig]):
+    """The hierarchy of spec §2: stem, pre-processing, two towers joined at every group, post-processing."""
+
+    config_type: ClassVar[type[ModelConfig]] = NVAEConfig
+    started: Tensor
+
+    def __init__(self, config: NVAEConfig) -> None:
+        super().__init__(config)
+        architecture = ARCHITECTURES[config.architecture]
+        levels, top = config.levels, config.levels[0]
+        encoder, decoder = config.encoder_channels, config.decoder_channels
+
+        def cell(ops: tuple[Op, ...], channels: int, resampling: Literal["same", "down", "up"]) -> Cell:
+            return Cell(ops, channels, resampling, config.squeeze_excite)
+
+        # Bottom-up.
+        self.stem = Conv2d(config.image_channels, encoder, 3)
+        self.preprocess = nn.Sequential()
+        for level in range(config.halvings):
+            for _ in range(config.preprocess_cells - 1):
+                self.preprocess.append(cell(architecture.preprocess, encoder * 2**level, "same"))
+            self.preprocess.append(cell(architecture.preprocess, encoder * 2**level, "down"))
+        self.top = Conv2d(encoder * 2**top, encoder * 2**top)
+
+        # Both towers, top-down; `down[s]` and `up[s]` join scale s (0 smallest) with the next larger one.
+        self.groups = nn.ModuleList(LatentGroup(config, level, first=g == 0) for g, level in enumerate(levels))
+        joints = range(top - 1, config.halvings - 1, -1)  # level of the larger resolution at each joint, top-down
+        self.down = nn.ModuleList(cell(architecture.encoder, encoder * 2**level, "down") for level in joints)
+        self.up = nn.ModuleList(cell(architecture.decoder, decoder * 2 ** (level + 1), "up") for level in joints)
+
+        # Top-down.
+        side = config.image_size // 2**top
+        # Kept in vanilla checkpoints and in the parameter count, but not used there (spec §2).
+        first_state = torch.rand(decoder * 2**top, side, side)
+        self.first_state = nn.Parameter(first_state, requires_grad=not config.is_vanilla)
+        self.postprocess = nn.Sequential()
+        for level in range(config.halvings, 0, -1):
+            self.postprocess.append(cell(architecture.postprocess, decoder * 2**level, "up"))
+            for _ in range(config.postprocess_cells - 1):
+                self.postprocess.append(cell(architecture.postprocess, decoder * 2 ** (level - 1), "same"))
+        likelihood = LIKELIHOODS[config.likelihood.kind]
+        self.head = Conv2d(decoder, likelihood.params_per_pixel(config.likelihood, config.image_channels), 3)
+
+        self.weights = EffectiveWeights(self)
+        self.spectral = SpectralPenalty(self.weights.shapes)
+        self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
+        self._known_started = False
+
+    # ------------------------------------------------------------------------------------------------- the contract
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Output:
+        """(B, C, H, W) in [0, 1] -> Output. In training the first batch sets what starts from data (`res_elu`)."""
+        if self.training and not self._has_started():
+            self._start_from(x, noise)
+        self.weights.refresh()
+        features = self._bottom_up(x)
+        return self._top_down(features, noise)
+
+    def encode(self, x: Tensor) -> Features:
+        """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
+        self.weights.refresh()
+        return self._bottom_up(x)
+
+    def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
+        """Draws from the posterior and decodes. Given latents (the first groups, top-down) are scored, not drawn."""
+        self.weights.refresh()
+        return self._top_down(features, noise, latents or ())
+
+    def sample(
+        self,
+        n: int,
+        temperature: Temperature = 1.0,
+        noise: Noise | None = None,
+        latents: Sequence[Tensor] | None = None,
+    ) -> Likelihood:
+        """n images from the prior, every group's σ times the temperature (spec §7)."""
+        self.weights.refresh()
+        scale = temperatures(temperature, len(self.groups))
+        noise = self._noise(n, noise)
+        state = self._first_state(n)
+        for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
+            state = self._entering(g, state)
+            if latents and g < len(latents):
+                z = latents[g]
+            else:
+                z = self._prior(group, state, noise[g], scale[g]).draw(noise[g])
+            state = group.combined(state, z)
+        return self._likelihood(state)
+
+    def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
+        """(n, L, h, w) of each group, top-down."""
+        size, latent = self.config.image_size, self.config.latent_channels
+        return [(n, latent, size // 2**level, size // 2**level) for level in self.config.levels]
+
+    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+        """Mean over the batch of reconstruction + balanced KL, plus λ (Σ σ_max + Σ max|γ|), in nats (spec §5)."""
+        objective = self.config.objective
+        coefficient = kl_coefficient(progress, objective)
+        lam = spectral_weight(coefficient, objective)
+        weights = balance_weights(output.kl, self.balance_factors(output.kl.device)) if objective.kl_balance else None
+        kl = balanced_kl(output.kl, coefficient, weights)
+        loss = (output.reconstruction + kl).mean()
+        metrics = {
+            "nelbo": (output.reconstruction + output.kl.sum(1)).mean().detach(),
+            "reconstruction": output.reconstruction.mean().detach(),
+            "kl": output.kl.sum(1).mean().detach(),
+            "kl_coefficient": torch.tensor(coefficient),
+            "spectral_weight": torch.tensor(lam),
+        }
+        if lam > 0:
+            spectral, scales = self.spectral(self.weights.matrices), self.batch_norm_penalty()
+            loss = loss + lam * (spectral + scales)
+            metrics |= {"spectral": spectral.detach(), "batch_norm_scales": scales.detach()}
+        return loss, metrics
+
+    def set_recomputation(self, mode: Recomputation) -> None:
+        """`activations`: batch norm and swish are computed again in the backward pass; `cells`: whole cells."""
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.recompute = mode == "activations"
+            elif isinstance(module, Cell):
+                module.recompute = mode == "cells"
+
+    def mark_loaded(self) -> None:
+        """Loaded weights count as started from data."""
+        self.started.fill_(True)
+
+    # ------------------------------------------------------------------------------------------- starting from data
+
+    def _has_started(self) -> bool:
+        self._known_started = self._known_started or bool(self.started)
+        return self._known_started
+
+    @torch.no_grad()
+    def _start_from(self, x: Tensor, noise: Noise | None) -> None:
+        """One pass in which each op without batch norm sets its start from the input it gets."""
+        ops = [m for m in self.modules() if isinstance(m, RegularOp) and m.norm is None]
+        hooks = [op.register_forward_pre_hook(lambda op, inputs: op.start_from(*inputs)) for op in ops]
+        self.weights.clear()
+        self._top_down(self._bottom_up(x), noise)
+        for hook in hooks:
+            hook.remove()
+        self.started.fill_(True)
+
+    # --------------------------------------------------------------------------------------------------- bottom-up
+
+    def _bottom_up(self, x: Tensor) -> Features:
+        target = quantise(x, self.config.likelihood.bits)
+        state = self.preprocess(self.stem(2 * target - 1))
+        taps: list[Tensor] = []
+        for g in reversed(range(len(self.groups))):
+            state = cast(LatentGroup, self.groups[g]).encoder_cells(state)
+            if g == 0:
+                state = F.elu(self.top(F.elu(state)))
+            taps.append(state)
+            if (joint := self.joint_above(g)) is not None:
+                state = self.down[joint](state)
+        return Features(target, taps[::-1])
+
+    # ---------------------------------------------------------------------------------------------------- top-down
+
+    def _top_down(self, features: Features, noise: Noise | None, given: Sequence[Tensor] = ()) -> Output:
+        """Algorithm of spec §2 and §3: at each group the prior, the posterior, a draw, and on with the state."""
+        batch = features.target.shape[0]
+        noise = self._noise(batch, noise)
+        state = self._first_state(batch)
+        kl, zs = [], []
+        log_q = log_p = torch.zeros(batch, device=state.device)
+        for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
+            state = self._entering(g, state)
+            prior_raw = group.prior_raw(state)
+            p = Normal.from_raw(torch.zeros_like(noise[g]).repeat(1, 2, 1, 1) if prior_raw is None else prior_raw)
+            q = Normal.from_raw(group.posterior_raw(features.taps[g], state, prior_raw))
+            if g < len(given):
+                z, drawn = given[g], group.before_flow(given[g])
+            else:
+                drawn = q.draw(noise[g])
+                z = group.through_flow(drawn)
+            log_q_g, log_p_g = q.log_prob(drawn).sum((1, 2, 3)), p.log_prob(z).sum((1, 2, 3))
+            kl.append(log_q_g - log_p_g if len(group.flow) else kl_divergence(q, p).sum((1, 2, 3)))
+            log_q, log_p = log_q + log_q_g, log_p + log_p_g
+            zs.append(z)
+            state = group.combined(state, z)
+        return Output(self._likelihood(state), features.target, torch.stack(kl, dim=1), log_q, log_p, zs)
+
+    def _prior(self, group: LatentGroup, state: Tensor, like: Tensor, temperature: float) -> Normal:
+        raw = group.prior_raw(state)
+        raw = torch.zeros_like(like).repeat(1, 2, 1, 1) if raw is None else raw
+        return Normal.from_raw(raw, temperature)
+
+    def _first_state(self, batch: int) -> Tensor:
+        return self.first_state.expand(batch, -1, -1, -1)
+
+    def joint_above(self, g: int) -> int | None:
+        """The index in `down` and `up` of the joint of scales between group g and the one above it, if there is one."""
+        levels = self.config.levels
+        return levels[0] - levels[g] - 1 if g > 0 and levels[g] < levels[g - 1] else None
+
+    def _entering(self, g: int, state: Tensor) -> Tensor:
+        """The decoder state at group g's resolution, after its cells."""
+        if (joint := self.joint_above(g)) is not None:
+            state = self.up[joint](state)
+        return cast(Tensor, cast(LatentGroup, self.groups[g]).decoder_cells(state))
+
+    def _likelihood(self, state: Tensor) -> Likelihood:
+        params = self.head(F.elu(self.postprocess(state)))
+        return LIKELIHOODS[self.config.likelihood.kind](params, self.config.likelihood, self.config.image_channels)
+
+    def _noise(self, batch: int, noise: Noise | None) -> Noise:
+        if noise is not None:
+            return noise
+        return [torch.randn(shape, device=self.first_state.device) for shape in self.latent_shapes(batch)]
+
+    # --------------------------------------------------------------------------------------------------- objective
+
+    def batch_norm_penalty(self) -> Tensor:
+        """Σ max|γ| over the batch norms."""
+        return batch_norm_penalty([m.weight for m in self.modules() if isinstance(m, BatchNorm)])
+
+    def balance_factors(self, device: torch.device) -> Tensor:
+        """α of each group, (G,)."""
+        scales = [self.config.levels[0] - level for level in self.config.levels]
+        return balance_factors(scales, device)

@@ -1,0 +1,29 @@
+"""The families by name. A new one is a line here, or `package.module:Class` in a config."""
+
+import importlib
+from typing import Any
+
+from ..config import UserError, nearest
+from .base import Family, ModelConfig
+
+FAMILIES = {"nvae": "nvae.models.nvae:NVAE"}
+
+
+def family(name: str) -> type[Family[Any]]:
+    """The class of a family. Raises UserError when there is none of that name."""
+    path = FAMILIES.get(name, name)
+    module_name, colon, class_name = path.partition(":")
+    if not colon:
+        raise UserError(f"model.family: unknown family '{name}'{nearest(name, FAMILIES)}")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model.family: '{name}' cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise UserError(f"model.family: '{name}' is not a Family (nvae.models.base)")
+    return found
+
+
+def build(config: ModelConfig) -> Family[Any]:
+    """A fresh model of the family its config names."""
+    return family(config.family)(config)

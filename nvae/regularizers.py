@@ -1,0 +1,76 @@
+"""Penalties on the weights: largest singular values and batch-norm scales (spec §5; Yoshida & Miyato 2017; paper §3.3).
+
+Shapes: N convolutions of one kernel shape, O outputs, R = C/groups · kh · kw.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .randomness import generator
+
+
+class SpectralPenalty(nn.Module):
+    """Σ of the largest singular values of all effective kernels, each flattened to (O, R), by power iteration.
+
+    The left vectors u are kept between steps and saved with the model; 40 iterations the first time, then 4 a step.
+    """
+
+    first_iterations, iterations = 40, 4
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """`shapes`: (N, O) of each batch of matrices, by its key in `EffectiveWeights.matrices`."""
+        super().__init__()
+        for key, shape in shapes.items():
+            self.register_buffer(f"u_{key}", torch.zeros(shape))
+        self._started = False
+        self.register_load_state_dict_post_hook(_forget_start)  # type: ignore[no-untyped-call]
+
+    def forward(self, matrices: Mapping[str, Tensor]) -> Tensor:
+        """Σ σ_max over matrices (N, O, R), a scalar; the gradient for a matrix is u vᵀ. Advances the vectors."""
+        iterations = self.iterations if self._has_started() else self.first_iterations
+        total = torch.zeros((), device=next(iter(matrices.values())).device)
+        for key, matrix in matrices.items():
+            u = self.get_buffer(f"u_{key}")
+            with torch.no_grad():
+                v = _iterate(matrix, u, iterations)
+            # uᵀ W v with u and v held fixed: its derivative by W is u vᵀ.
+            total = total + torch.einsum("no,nor,nr->", u.clone(), matrix, v)
+        self._started = True
+        return total
+
+    def _has_started(self) -> bool:
+        """False until the first iterations, in this run or in the one that saved the vectors."""
+        if not self._started:
+            self._started = any(bool(buffer.any()) for buffer in self.buffers())
+            if not self._started:
+                self._randomise()
+                return False
+        return True
+
+    def _randomise(self) -> None:
+        for name, buffer in self.named_buffers():
+            start = torch.randn(buffer.shape, generator=generator("cpu", "spectral", name))
+            buffer.copy_(F.normalize(start, dim=1))
+
+
+def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
+    """Power iterations u ← W v, v ← Wᵀ u, normalised; u (N, O) in place, returns v (N, R). In float32 or more."""
+    with torch.autocast(matrix.device.type, enabled=False):
+        for _ in range(iterations):
+            v = F.normalize(torch.einsum("nor,no->nr", matrix, u), dim=1)
+            u.copy_(F.normalize(torch.einsum("nor,nr->no", matrix, v), dim=1))
+    return v
+
+
+def _forget_start(module: nn.Module, incompatible: Any) -> None:
+    module._started = False  # type: ignore[assignment]
+
+
+def batch_norm_penalty(scales: Iterable[Tensor]) -> Tensor:
+    """Σ over batch norms of max|γ| (spec §5), a scalar. `scales`: each norm's γ (C,)."""
+    padded = nn.utils.rnn.pad_sequence([scale.abs() for scale in scales])  # (C_max, norms)
+    return padded.amax(0).sum()

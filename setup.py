@@ -1,0 +1,36 @@
+"""Packaging; `pip install .` or `pip install -e ".[test]"`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="nvae",
+    version="0.1.0",
+    description="Train deep hierarchical VAEs: exact, fast, and readable",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["nvae", "nvae.*"]),
+    package_data={"nvae": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision",
+        "numpy",
+        "pyyaml",
+        "pydantic>=2.7",
+        "tqdm",
+        "tensorboard",
+        "safetensors",
+        "lmdb",
+        "pillow",
+        "matplotlib",
+        "scikit-learn",
+        "scipy",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+        "fid": ["torch-fidelity"],
+        "hub": ["huggingface_hub"],
+    },
+)

@@ -1,0 +1,177 @@
+"""The recorded vectors of the published implementation: the network is numerically equal to it.
+
+Every folder of tests/parity/, or of $NVAE_PARITY_DIR, is a case: `checkpoint.pt` in the published format,
+`expected.safetensors`, `expected.json`. Agreement is max|Δ| / max|reference| ≤ 1e-5.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nvae.checkpoint import read_safely
+from nvae.likelihoods import quantise
+from nvae.models.nvae import NVAE
+from nvae.objective import balance_weights, balanced_kl
+from nvae.published import SAFE_TYPES, from_published, to_published
+
+TOLERANCE = 1e-5
+ROOT = Path(os.environ.get("NVAE_PARITY_DIR", Path(__file__).parent / "parity"))
+CASES = sorted(path.parent for path in ROOT.glob("*/expected.json"))
+assert CASES, f"{ROOT} holds no parity cases"
+
+
+def assert_close(ours: Tensor | float, reference: Tensor | float) -> None:
+    ours, reference = torch.as_tensor(ours).double(), torch.as_tensor(reference).double()
+    assert ours.shape == reference.shape
+    error = float((ours - reference).abs().max() / reference.abs().max())
+    assert error <= TOLERANCE
+
+
+@dataclass
+class Case:
+    checkpoint: dict[str, Any]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def model(self) -> NVAE:
+        return from_published(self.checkpoint)
+
+    @property
+    def image(self) -> Tensor:
+        return self.tensors["image"] / 255
+
+    @property
+    def noise(self) -> list[Tensor]:
+        return [self.tensors[f"noise.{g}"] for g in range(sum(self.facts["groups_per_scale_bottom_up"]))]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
+def case(request: pytest.FixtureRequest) -> Case:
+    folder: Path = request.param
+    return Case(
+        read_safely(folder / "checkpoint.pt", SAFE_TYPES),
+        load_file(folder / "expected.safetensors"),
+        json.loads((folder / "expected.json").read_text()),
+    )
+
+
+def thinned(image: Tensor) -> Tensor:
+    """The recorded part of a decoder tensor: first image, every 4th row and column."""
+    return image[:1, :, ::4, ::4]
+
+
+def test_geometry_and_parameter_count(case: Case) -> None:
+    model = case.model()
+    assert sum(p.numel() for p in model.parameters()) == case.facts["num_parameters"]
+    assert model.config.groups_per_scale == case.facts["groups_per_scale_bottom_up"]
+
+
+def test_evaluation(case: Case) -> None:
+    expected = case.tensors
+    with torch.no_grad():
+        output = case.model()(case.image, case.noise)
+    assert_close(thinned(output.likelihood.params), expected["eval.decoder_params"])
+    assert_close(output.kl, expected["eval.kl_per_group"])
+    assert_close(output.reconstruction, expected["eval.reconstruction_nll"])
+    assert output.log_q is not None and output.log_p is not None
+    assert_close(output.log_q, expected["eval.log_q"])
+    assert_close(output.log_p, expected["eval.log_p"])
+    assert_close(output.log_weight, expected["eval.log_importance_weight"])
+    if "eval.decoder_mean" in expected:
+        assert_close(thinned(output.likelihood.mean()), expected["eval.decoder_mean"])
+
+
+def test_kl_balancing(case: Case) -> None:
+    model = case.model()
+    with torch.no_grad():
+        kl = model(case.image, case.noise).kl
+    for name, recorded in case.tensors.items():
+        if name.startswith("eval.balanced_kl@"):
+            coefficient = float(name.partition("@")[2])
+            weights = balance_weights(kl, model.balance_factors(kl.device))
+            assert_close(balanced_kl(kl, coefficient, weights), recorded)
+            used = weights if coefficient < 1 else torch.ones_like(weights)
+            assert_close(used, case.tensors[f"eval.kl_coeffs@{coefficient}"])
+
+
+def test_sampling(case: Case) -> None:
+    model = case.model()
+    for name, recorded in case.tensors.items():
+        if name.startswith("sample.decoder_params@"):
+            with torch.no_grad():
+                likelihood = model.sample(2, temperature=float(name.partition("@")[2]), noise=case.noise)
+            assert_close(thinned(likelihood.params), recorded)
+
+
+def test_regularisers(case: Case) -> None:
+    model = case.model()
+    model.weights.refresh()
+    matrices = [matrix for batch in model.weights.matrices.values() for matrix in batch]
+    assert len(matrices) == case.facts["num_spectral_layers"]
+    exact = sum(float(torch.linalg.svdvals(matrix.detach().double())[0]) for matrix in matrices)
+    assert_close(exact, case.facts["spectral_sum"])
+    if case.facts["num_bn_layers"]:
+        assert_close(model.batch_norm_penalty().detach(), case.facts["batchnorm_scale_sum"])
+
+
+def test_power_iteration_is_within_one_percent_of_the_exact_sum(case: Case) -> None:
+    model = case.model()
+    model.weights.refresh()
+    approximate = float(model.spectral(model.weights.matrices))
+    assert abs(approximate / case.facts["spectral_sum"] - 1) < 0.01
+
+
+def test_first_training_pass(case: Case) -> None:
+    output = case.model().train()(case.image, case.noise)
+    assert_close(output.kl, case.tensors["train.kl_per_group"])
+    assert_close(output.reconstruction, case.tensors["train.reconstruction_nll"])
+
+
+def test_training_trajectory(case: Case) -> None:
+    settings = case.facts["train"]
+    model = case.model().train()
+    optimiser = torch.optim.Adamax(
+        model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], eps=settings["eps"]
+    )
+    losses = []
+    for step in range(len(settings["loss_per_step"])):
+        output = model(case.image, case.noise)
+        weights = balance_weights(output.kl, model.balance_factors(output.kl.device))
+        kl = balanced_kl(output.kl, settings["kl_coeff"], weights)
+        loss = (output.reconstruction + kl).mean()
+        if case.facts["num_bn_layers"]:
+            loss = loss + settings["bn_scale_coeff"] * model.batch_norm_penalty()
+        optimiser.zero_grad()
+        loss.backward()
+        losses.append(loss.detach())
+        if step == 0:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            assert_close(norm, settings["first_step_grad_norm"])
+        optimiser.step()
+    assert_close(torch.stack(losses), torch.tensor(settings["loss_per_step"]))
+    with torch.no_grad():
+        output = model.eval()(case.image, case.noise)
+    assert_close((output.reconstruction + output.kl.sum(1)).mean(), settings["eval_loss_after"])
+
+
+def test_round_trip_gives_back_every_tensor_bitwise(case: Case) -> None:
+    args: argparse.Namespace = case.checkpoint["args"]
+    back = to_published(case.model(), args.dataset)
+    assert vars(back["args"]) == vars(args)
+    assert back["arch_instance"] == case.checkpoint["arch_instance"]
+    assert set(back["state_dict"]) == set(case.checkpoint["state_dict"])
+    for name, tensor in case.checkpoint["state_dict"].items():
+        assert torch.equal(back["state_dict"][name], tensor), name
+
+
+def test_quantising_twice_changes_nothing(case: Case) -> None:
+    once = quantise(case.image, case.model().config.likelihood.bits)
+    assert torch.equal(once, quantise(once, case.model().config.likelihood.bits))
