@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
+import torch
 from torch import Tensor, nn
 
 from ..config import Config, UserError
@@ -40,14 +41,19 @@ class Output:
     """p(x | z)."""
     target: Tensor
     """(B, C, H, W) in [0, 1], the images as the likelihood takes them."""
-    kl: Tensor
-    """(B, G) nats, top-down."""
+    channel_kl: list[Tensor]
+    """KL of each latent channel, (B, L) nats a group, top-down."""
     log_q: Tensor | None
     """(B,) nats, log q(z | x) at the draw; None where the family has no such density."""
     log_p: Tensor | None
     """(B,) nats, log p(z) at the draw; None likewise."""
     z: list[Tensor]
     """The latents (B, L, h, w), top-down."""
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """KL of each group, (B, G) nats, top-down."""
+        return torch.stack([kl.sum(1) for kl in self.channel_kl], dim=1)
 
     @cached_property
     def reconstruction(self) -> Tensor:

@@ -334,7 +334,8 @@ class NVAE(Family[NVAEConfig]):
         batch = features.target.shape[0]
         noise = self._noise(batch, noise)
         state = self._first_state(batch)
-        kl, zs = [], []
+        channel_kl: list[Tensor] = []
+        zs: list[Tensor] = []
         log_q = log_p = torch.zeros(batch, device=state.device)
         for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
             state = self._entering(g, state)
@@ -346,12 +347,13 @@ class NVAE(Family[NVAEConfig]):
             else:
                 drawn = q.draw(noise[g])
                 z = group.through_flow(drawn)
-            log_q_g, log_p_g = q.log_prob(drawn).sum((1, 2, 3)), p.log_prob(z).sum((1, 2, 3))
-            kl.append(log_q_g - log_p_g if len(group.flow) else kl_divergence(q, p).sum((1, 2, 3)))
-            log_q, log_p = log_q + log_q_g, log_p + log_p_g
+            log_q_g, log_p_g = q.log_prob(drawn), p.log_prob(z)
+            divergence = log_q_g - log_p_g if len(group.flow) else kl_divergence(q, p)
+            channel_kl.append(divergence.sum((2, 3)))
+            log_q, log_p = log_q + log_q_g.sum((1, 2, 3)), log_p + log_p_g.sum((1, 2, 3))
             zs.append(z)
             state = group.combined(state, z)
-        return Output(self._likelihood(state), features.target, torch.stack(kl, dim=1), log_q, log_p, zs)
+        return Output(self._likelihood(state), features.target, channel_kl, log_q, log_p, zs)
 
     def _prior(self, group: LatentGroup, state: Tensor, like: Tensor, temperature: float) -> Normal:
         raw = group.prior_raw(state)
