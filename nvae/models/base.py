@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field
 import torch
@@ -68,6 +68,14 @@ class Output:
         return self.log_p - self.log_q - self.reconstruction
 
 
+class Features(Protocol):
+    """What the bottom-up pass says of a batch of images; families choose what is inside."""
+
+    def repeated(self, times: int) -> Self:
+        """The batch `times` over, one copy after the other: draw k of image b is row k·B + b of what `decode` returns,
+        so that its (times·B,) log weights reshape to (times, B)."""
+
+
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
 
@@ -88,7 +96,7 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         return self.decode(self.encode(x), noise=noise)
 
     @abstractmethod
-    def encode(self, x: Tensor) -> Any:
+    def encode(self, x: Tensor) -> Features:
         """The deterministic bottom-up pass: features for any number of `decode` calls."""
 
     @abstractmethod
@@ -120,6 +128,17 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         """What the backward pass computes again instead of keeping it. Raises UserError where a mode is not offered."""
         if mode != "none":
             raise UserError(f"train.recompute: {type(self).__name__} offers none, found '{mode}'")
+
+    def for_inference(self) -> "Family[ConfigT]":
+        """A model for evaluation and sampling with the weights of now, in eval mode: same numbers, less work.
+
+        This one stays as it is, unless the family has no faster form: then it is the answer itself.
+        """
+        return self.eval()
+
+    def compile_parts(self) -> None:
+        """Compiles, in place, the parts whose compilation pays (`torch.compile`); the first passes then take longer."""
+        self.compile()
 
     def mark_loaded(self) -> None:
         """Called after weights were loaded: whatever starts from data counts as started."""

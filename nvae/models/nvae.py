@@ -117,6 +117,10 @@ class Features:
     taps: list[Tensor]
     """What each group's posterior sees of the image, (B, C, h, w), top-down."""
 
+    def repeated(self, times: int) -> "Features":
+        """The batch `times` over: draw k of image b is row k·B + b."""
+        return Features(self.target.repeat(times, 1, 1, 1), [tap.repeat(times, 1, 1, 1) for tap in self.taps])
+
 
 class LatentGroup(nn.Module):
     """One group of latents: its cells in both towers, its distributions, and how its z enters the decoder (spec §2)."""
