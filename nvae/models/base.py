@@ -5,15 +5,16 @@ Shapes: B batch, C image channels, H W space, G latent groups (top-down), L late
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
-from pydantic import Field
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import Config, UserError
+from ..latents import Normal
 from ..likelihoods import Likelihood, LikelihoodConfig
 
 Density = Literal["exact", "bound", "none"]
@@ -49,6 +50,10 @@ class Output:
     """(B,) nats, log p(z) at the draw; None likewise."""
     z: list[Tensor]
     """The latents (B, L, h, w), top-down."""
+    posterior: list[Normal] = field(default_factory=list)
+    """q(z | x) of each group, before its flow, top-down; empty where latents are not Normal."""
+    prior: list[Normal] = field(default_factory=list)
+    """p(z) of each group likewise."""
 
     @cached_property
     def kl(self) -> Tensor:

@@ -340,6 +340,8 @@ class NVAE(Family[NVAEConfig]):
         state = self._first_state(batch)
         channel_kl: list[Tensor] = []
         zs: list[Tensor] = []
+        posterior: list[Normal] = []
+        prior: list[Normal] = []
         log_q = log_p = torch.zeros(batch, device=state.device)
         for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
             state = self._entering(g, state)
@@ -356,8 +358,10 @@ class NVAE(Family[NVAEConfig]):
             channel_kl.append(divergence.sum((2, 3)))
             log_q, log_p = log_q + log_q_g.sum((1, 2, 3)), log_p + log_p_g.sum((1, 2, 3))
             zs.append(z)
+            posterior.append(q)
+            prior.append(p)
             state = group.combined(state, z)
-        return Output(self._likelihood(state), features.target, channel_kl, log_q, log_p, zs)
+        return Output(self._likelihood(state), features.target, channel_kl, log_q, log_p, zs, posterior, prior)
 
     def _prior(self, group: LatentGroup, state: Tensor, like: Tensor, temperature: float) -> Normal:
         raw = group.prior_raw(state)
