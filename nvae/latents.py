@@ -33,6 +33,12 @@ class Normal:
         mean, log_sigma = soft_clamp(at_least_float32(raw)).chunk(2, dim=1)
         return Normal(mean, (log_sigma.exp() + 0.01) * temperature)
 
+    @staticmethod
+    def from_log_sigma(raw: Tensor, temperature: float = 1.0) -> "Normal":
+        """From (B, 2L, h, w): mean m and sigma exp(l) · temperature, both unbounded (spec_vdvae, Decoder)."""
+        mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
+        return Normal(mean, log_sigma.exp() * temperature)
+
     def draw(self, noise: Tensor) -> Tensor:
         """μ + σ·ε for standard-normal noise (B, L, h, w)."""
         return self.mean + self.sigma * noise

@@ -16,6 +16,7 @@ from .config import Config
 from .latents import Normal, at_least_float32
 
 MixtureEdge = Literal["right", "published"]
+Grid = Literal["stretched", "truncated"]
 
 
 class LikelihoodConfig(Config):
@@ -24,6 +25,9 @@ class LikelihoodConfig(Config):
     probability per level, so bits/dim are comparable), `normal` (a density: bits/dim are not comparable)."""
     bits: int = Field(8, ge=1, le=8)
     """Bits of an image channel; images are quantised to 2**bits levels. Binary images keep 8."""
+    grid: Grid = "stretched"
+    """Where the levels lie in [0, 1]: `stretched` from end to end, k / (2^b − 1) (NVAE); `truncated` at the 8-bit
+    values without their low bits, k · 2^(8−b) / 255 (VDVAE). At 8 bits they are the same."""
     components: int = Field(10, ge=1)
     """Components of the logistic mixture."""
     edge: MixtureEdge = "right"
@@ -39,13 +43,18 @@ class LikelihoodConfig(Config):
         return self
 
 
-def quantise(x: Tensor, bits: int) -> Tensor:
-    """Images in [0, 1] on the grid of 2^b levels: floor(255x / 2^(8−b)) / (2^b − 1); unchanged at 8 bits (spec §4)."""
+def highest_level(bits: int, grid: Grid) -> float:
+    """The brightest of the 2^b levels, in [0, 1]; the darkest is 0 and they lie evenly (spec §4; spec_vdvae, Data)."""
+    return 1.0 if grid == "stretched" else (2**bits - 1) * 2 ** (8 - bits) / 255
+
+
+def quantise(x: Tensor, bits: int, grid: Grid = "stretched") -> Tensor:
+    """Images in [0, 1] at level floor(255x / 2^(8−b)) of the grid's 2^b levels; unchanged at 8 bits (spec §4)."""
     if bits == 8:
         return x
     # Images are multiples of 1/255 or of 1/(2^b − 1) up to rounding; 1e-3 of a level undoes the rounding.
     level = torch.floor(255 * x / 2 ** (8 - bits) + 1e-3)
-    return level / float(2**bits - 1)
+    return level / float(2**bits - 1) * highest_level(bits, grid)
 
 
 class Likelihood(ABC):
@@ -73,7 +82,7 @@ class Likelihood(ABC):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-likelihood in nats, (B,), of images (B, C, H, W) in [0, 1]; quantised here if they are not."""
-        pixels = self._log_prob(quantise(at_least_float32(x), self.config.bits))
+        pixels = self._log_prob(quantise(at_least_float32(x), self.config.bits, self.config.grid))
         return self.visible(pixels).sum((1, 2, 3))
 
     @abstractmethod
@@ -159,7 +168,8 @@ class LogisticMixture(Likelihood):
         if self.config.edge == "published":
             per_colour = published_logistic_log_prob(x, centred, self.log_scales, levels)
         else:
-            per_colour = logistic_log_prob(x, centred, self.log_scales, levels)
+            highest = 2 * highest_level(self.config.bits, self.config.grid) - 1
+            per_colour = logistic_log_prob(x, centred, self.log_scales, levels, highest)
         return torch.logsumexp(per_colour.sum(1) + F.log_softmax(self.logits, dim=1), dim=1, keepdim=True)
 
     def mean(self) -> Tensor:
@@ -199,25 +209,27 @@ class LogisticMixture(Likelihood):
         return torch.stack([red, green, blue], dim=1) / 2 + 0.5
 
 
-def logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int) -> Tensor:
+def logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int, highest: float = 1.0) -> Tensor:
     """Log-probability in nats of a level x ∈ [−1, 1] under a discretised logistic; sums to 1 over the levels.
 
     With a, b the ends of the level's bin in units of the scale, σ(b) − σ(a) = σ(b) σ(−a) (1 − e^(a−b)), which stays
     exact where the difference underflows. The lowest level takes the left tail, the highest the right one. `centred`
-    is x minus the mean; `levels` V = 2^b − 1, bins are 2/V wide.
+    is x minus the mean; the V + 1 levels, V = `levels` = 2^b − 1, lie evenly from −1 to `highest`.
     """
+    half = (highest + 1) / (2 * levels)  # half the width of a bin
     inverse = torch.exp(-log_scales)
-    upper = F.logsigmoid((centred + 1 / levels) * inverse)  # log σ(b)
-    lower = F.logsigmoid(-(centred - 1 / levels) * inverse)  # log σ(−a)
-    width = torch.log(-torch.expm1(-2 / levels * inverse))
-    lowest, highest = x < -1 + 1 / levels, x > 1 - 1 / levels
-    return torch.where(lowest, upper, torch.where(highest, lower, upper + lower + width))
+    upper = F.logsigmoid((centred + half) * inverse)  # log σ(b)
+    lower = F.logsigmoid(-(centred - half) * inverse)  # log σ(−a)
+    width = torch.log(-torch.expm1(-2 * half * inverse))
+    is_lowest, is_highest = x < -1 + half, x > highest - half
+    return torch.where(is_lowest, upper, torch.where(is_highest, lower, upper + lower + width))
 
 
 def published_logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int) -> Tensor:
-    """As `logistic_log_prob`, as the published code has it (spec §4): does not sum to 1.
+    """As `logistic_log_prob`, as the published codes have it (spec §4; spec_vdvae, Data): does not sum to 1.
 
-    "Highest" is x > 0.99, and the density at the centre times 2/V stands in where the difference is at most 1e-5.
+    "Highest" is x > 0.99, and the density at the centre times 2/V stands in where the difference is at most 1e-5. Bins
+    are 2/V wide on either grid, so that those of the truncated one overlap, and its highest level has no tail.
     """
     inverse = torch.exp(-log_scales)
     b, a = (centred + 1 / levels) * inverse, (centred - 1 / levels) * inverse
