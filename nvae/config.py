@@ -4,6 +4,7 @@ A component declares its own ``Config`` beside itself. A field's docstring is it
 the default comes from.
 """
 
+import copy
 import difflib
 import json
 import re
@@ -11,11 +12,12 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
+from yaml.constructor import ConstructorError
 
 
 class UserError(ValueError):
@@ -23,9 +25,11 @@ class UserError(ValueError):
 
 
 class Config(BaseModel):
-    """Base of every section: unknown fields are errors, values never change, attribute docstrings are the help."""
+    """Base of every section: unknown fields are errors, numbers are finite, nothing changes; docstrings are the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -34,19 +38,41 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of YAML 1.2: `1e-2` is a number, `yes` and `off` are words."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    "merge": (r"<<", ["<"]),
 }
-_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
-# An integer must win over a float of the same spelling, so the float resolver is appended after YAML's own.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-_BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+"""Words that are not strings in YAML 1.2, in the order they are tried: type, spelling, possible first characters."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 as people write it: `1e-2` is a number; `yes`, `12:30` and `2024-01-01` are words; keys are unique."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes words that either version of YAML would read as something else."""
+
+
+for _name, (_spelling, _first) in _SCALARS.items():
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_spelling})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -60,7 +86,7 @@ def parse_yaml(text: str, source: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds. Raises UserError when it is missing, unreadable or something else."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     data = parse_yaml(text, str(path))
@@ -73,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(data: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of `data` with each `section.field=value` set; values are read as YAML."""
-    result: dict[str, Any] = json.loads(json.dumps(data))
+    result = copy.deepcopy(dict(data))
     for override in overrides:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
@@ -117,10 +143,10 @@ def _sentence(config: type[Config], problem: Any) -> str:
         return f"{where}: {problem['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
     found = json.dumps(problem["input"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
+    message += f", found {found if len(found) < 80 else found[:77] + '...'}"
     if problem["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        message += nearest(str(problem["input"]), choices)
-    return f"{where}: {message}, found {found if len(found) < 80 else found[:77] + '...'}"
+        message += nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+    return f"{where}: {message}"
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
@@ -177,4 +203,4 @@ def _type_name(annotation: Any) -> str:
 
 def dump_yaml(config: Config) -> str:
     """The resolved config as YAML; reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
