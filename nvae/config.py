@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class Config(BaseModel):
-    """Base of every section: unknown fields are errors, numbers are finite, nothing changes; docstrings are the help."""
+    """Base of every section: unknown fields are errors, numbers finite, values fixed; docstrings are the help."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -54,8 +54,6 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 as people write it: `1e-2` is a number; `yes`, `12:30` and `2024-01-01` are words; keys are unique."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -69,10 +67,11 @@ class _Dumper(yaml.SafeDumper):
     """Quotes words that either version of YAML would read as something else."""
 
 
+_Loader.yaml_implicit_resolvers = {}
 for _name, (_spelling, _first) in _SCALARS.items():
     for _side in (_Loader, _Dumper):
         _side.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_spelling})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def parse_yaml(text: str, source: str) -> Any:
