@@ -40,8 +40,24 @@ def keyed_normal(
 def keyed_uniform(
     shape: Sequence[int], indices: Sequence[int], seed: int, stream: str, device: torch.device | str
 ) -> Tensor:
-    """Uniform [0, 1) numbers of `shape` (B, …), image b drawn from (seed, stream, indices[b]) alone."""
-    values = torch.empty(tuple(shape), device=device)
-    for value, index in zip(values, indices, strict=True):
-        torch.rand(value.shape, generator=generator(device, seed, stream, index), out=value)
-    return values
+    """Uniform [0, 1) numbers of `shape` (B, …), image b drawn from (seed, stream, indices[b]) alone.
+
+    They are hashed, a whole batch at once, and therefore the same on every device: number e of image b is the e-th
+    output of SplitMix64 (Steele et al. 2014) started at a hash of b's key, its top 24 bits.
+    """
+    batch = torch.tensor(indices, dtype=torch.int64, device=device)
+    elements = torch.arange(1, math.prod(shape[1:]) + 1, device=device)
+    keys = _mixed(derived_seed(seed, stream) + (batch + 1) * _GOLDEN)
+    bits = _mixed(keys[:, None] + elements * _GOLDEN) >> 40 & 0xFFFFFF
+    return (bits.to(torch.float32) / 2**24).reshape(tuple(shape))
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's constants, as signed 64-bit integers
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser: every bit of int64 `z` reaches every bit of the result."""
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * _FIRST
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * _SECOND
+    return z ^ (z >> 31 & 0x1FFFFFFFF)

@@ -1,0 +1,172 @@
+"""Batches for training and evaluation: any position, any number of ranks and workers, the same images.
+
+Shapes: B images of a batch, C channels, H W pixels with padding.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import UserError
+from ..randomness import derived_seed, keyed_uniform
+from .config import DataConfig
+from .images import Images, InMemory
+
+
+@dataclass
+class Batch:
+    images: Tensor
+    """(B, C, H, W) float32 in [0, 1] on the device: flipped, binarised and padded."""
+    indices: list[int]
+    """Training: the number of each draw among all ever drawn, over ranks and epochs. Evaluation: place in the split."""
+
+
+@dataclass
+class Request:
+    """Which images a batch takes, where they are cut, and the numbers their random choices are keyed on."""
+
+    positions: list[int]
+    indices: list[int]
+    crops: list[tuple[float, float]] | None = None
+
+
+class TrainingStream:
+    """The endless sequence of training images: epoch after epoch, each a permutation keyed on (seed, epoch) alone.
+
+    The number of an image in the sequence decides its flip, its crop and its binarisation, so that nothing depends on
+    ranks, workers, batches, or on where a run was resumed.
+    """
+
+    def __init__(
+        self, images: Images, config: DataConfig, *, seed: int, device: torch.device, rank: int = 0, world: int = 1
+    ) -> None:
+        self.images = images
+        self.config = config
+        self.seed = seed
+        self.device = device
+        self.rank = rank
+        self.world = world
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    @property
+    def epoch_size(self) -> int:
+        """Images in an epoch."""
+        return len(self.images)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """This rank's micro-batches from the moment that all ranks together have seen `start` images, without end.
+
+        Micro-batch a of rank r holds draws start + (a·world + r)·batch and the batch − 1 after it.
+        """
+        for pixels, request in _fetched(self.images, self._requests(start), self.config, self.device):
+            if self.config.flip:
+                flip = keyed_uniform((len(pixels),), request.indices, self.seed, "flip", self.device) < 0.5
+                pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
+            yield _finished(pixels, request.indices, self.images.levels, self.config, self.seed, "binarize")
+
+    def position(self, draw: int) -> int:
+        """Place in the split of draw number `draw`."""
+        epoch, place = divmod(draw, self.epoch_size)
+        if epoch != self._epoch:
+            # RandomState's numbers are frozen: the order is the same in every version of numpy.
+            random = np.random.RandomState(derived_seed(self.seed, "order", epoch) % 2**32)
+            self._epoch, self._order = epoch, random.permutation(self.epoch_size)
+        return int(self._order[place])
+
+    def _requests(self, start: int) -> Iterator[Request]:
+        batch = self.config.batch
+        for first in count(start + self.rank * batch, self.world * batch):
+            indices = list(range(first, first + batch))
+            crops = None
+            if self.images.movable:
+                crops = keyed_uniform((batch, 2), indices, self.seed, "crop", "cpu").tolist()
+            yield Request([self.position(draw) for draw in indices], indices, crops)
+
+
+def evaluation_batches(
+    images: Images,
+    config: DataConfig,
+    *,
+    batch: int,
+    device: torch.device,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    draw: int = 0,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's share of the images from `start` up to `stop`, in order; over all ranks every image exactly once.
+
+    Shares are contiguous and differ by at most one image. Nothing is flipped; a binarised image is the same every
+    time, and another one for another `draw`.
+    """
+    stop = len(images) if stop is None else min(stop, len(images))
+    first, last = (start + share * (stop - start) // world for share in (rank, rank + 1))
+    places = (list(range(i, min(i + batch, last))) for i in range(first, last, batch))
+    requests = (Request(positions=chosen, indices=chosen) for chosen in places)
+    for pixels, request in _fetched(images, requests, config, device):
+        yield _finished(pixels, request.indices, images.levels, config, seed, f"evaluation/{draw}")
+
+
+def _finished(pixels: Tensor, indices: list[int], levels: int, config: DataConfig, seed: int, stream: str) -> Batch:
+    """Grey values in [0, 1] of uint8 pixels (B, C, H, W), binarised and padded as configured."""
+    # Divided by a tensor: a division by a number becomes a product on a GPU, and differs in the last bit.
+    grey = pixels.to(torch.float32) / torch.tensor(float(levels), device=pixels.device)
+    if config.binarize:
+        grey = (keyed_uniform(grey.shape, indices, seed, stream, grey.device) < grey).to(torch.float32)
+    return Batch(F.pad(grey, (config.padding,) * 4), indices)
+
+
+# --------------------------------------------------------------------------------------------------------- fetching
+
+
+def _fetched(
+    images: Images, requests: Iterable[Request], config: DataConfig, device: torch.device
+) -> Iterator[tuple[Tensor, Request]]:
+    """The pixels (B, C, H, W) uint8 of each request, on the device, in order."""
+    if isinstance(images, InMemory):
+        resident = InMemory(images.pixels.to(device), images.levels)
+        for request in requests:
+            yield resident.read(request.positions), request
+        return
+    for pixels, request in _loader(images, requests, config.workers, pin=device.type == "cuda"):
+        if isinstance(pixels, str):
+            raise UserError(pixels)
+        yield pixels.to(device, non_blocking=True), request
+
+
+class _Reader(Dataset[tuple[Tensor | str, Request]]):
+    """Answers requests in a loader process. A UserError travels as its text: a raised one would bring a traceback."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, request: Request) -> tuple[Tensor | str, Request]:
+        try:
+            return self.images.read(request.positions, request.crops), request
+        except UserError as error:
+            return str(error), request
+
+
+def _loader(
+    images: Images, requests: Iterable[Request], workers: int, pin: bool
+) -> Iterable[tuple[Tensor | str, Request]]:
+    """Requests answered by `workers` processes (none: by this one), ahead of time and in order."""
+    return DataLoader(
+        _Reader(images),
+        sampler=requests,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        multiprocessing_context="spawn" if workers else None,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its own: the global one must not depend on how often a loader starts
+    )
