@@ -31,8 +31,8 @@ class LikelihoodConfig(Config):
     components: int = Field(10, ge=1)
     """Components of the logistic mixture."""
     edge: MixtureEdge = "right"
-    """`right`: the probabilities of the mixture's levels sum to 1. `published`: the tail tests of the published code,
-    which count level 254 of 255 as the highest; for comparisons with its figures only."""
+    """`right`: the probabilities of the mixture's levels sum to 1. `published`: as the published code of the `grid` has
+    bins and tails, which err (see `sums_to_one`); for comparisons with its figures only."""
     border: int = Field(0, ge=0)
     """Pixels at each side of the image that are padding: they do not count in the likelihood nor in bits/dim."""
 
@@ -41,6 +41,15 @@ class LikelihoodConfig(Config):
         if self.kind == "bernoulli" and self.bits != 8:
             raise ValueError("bits: a Bernoulli likelihood takes binary images, leave bits at 8")
         return self
+
+    @property
+    def sums_to_one(self) -> bool:
+        """False where probabilities of levels sum to more than 1, so that bits/dim come out too good (spec §4).
+
+        NVAE's published edge does at any depth, VDVAE's below 8 bits (spec_vdvae, Data).
+        """
+        published = self.kind == "logistic_mixture" and self.edge == "published"
+        return not (published and (self.grid == "stretched" or self.bits < 8))
 
 
 def highest_level(bits: int, grid: Grid) -> float:
@@ -166,7 +175,8 @@ class LogisticMixture(Likelihood):
         centred = x - self._shifted_means(x)
         levels = 2**self.config.bits - 1
         if self.config.edge == "published":
-            per_colour = published_logistic_log_prob(x, centred, self.log_scales, levels)
+            above = PUBLISHED_HIGHEST_ABOVE[self.config.grid]
+            per_colour = published_logistic_log_prob(x, centred, self.log_scales, levels, above)
         else:
             highest = 2 * highest_level(self.config.bits, self.config.grid) - 1
             per_colour = logistic_log_prob(x, centred, self.log_scales, levels, highest)
@@ -225,11 +235,18 @@ def logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: in
     return torch.where(is_lowest, upper, torch.where(is_highest, lower, upper + lower + width))
 
 
-def published_logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int) -> Tensor:
+PUBLISHED_HIGHEST_ABOVE: dict[Grid, float] = {"stretched": 0.99, "truncated": 0.999}
+"""Above which x the published code of each grid, NVAE's and VDVAE's, takes a level for the highest."""
+
+
+def published_logistic_log_prob(
+    x: Tensor, centred: Tensor, log_scales: Tensor, levels: int, highest_above: float = 0.99
+) -> Tensor:
     """As `logistic_log_prob`, as the published codes have it (spec §4; spec_vdvae, Data): does not sum to 1.
 
-    "Highest" is x > 0.99, and the density at the centre times 2/V stands in where the difference is at most 1e-5. Bins
-    are 2/V wide on either grid, so that those of the truncated one overlap, and its highest level has no tail.
+    "Highest" is x > `highest_above`: at 8 bits 0.99 also takes level 254; below 8 bits 0.999 takes none of the
+    truncated levels. Bins are 2/V wide on either grid. Where the difference is at most 1e-5, the density at the centre
+    times 2/V stands in.
     """
     inverse = torch.exp(-log_scales)
     b, a = (centred + 1 / levels) * inverse, (centred - 1 / levels) * inverse
@@ -237,7 +254,7 @@ def published_logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, 
     middle = centred * inverse
     density = middle - log_scales - 2 * F.softplus(middle) - math.log(levels / 2)
     inside = torch.where(difference > 1e-5, difference.clamp(min=1e-10).log(), density)
-    return torch.where(x < -0.999, F.logsigmoid(b), torch.where(x > 0.99, F.logsigmoid(-a), inside))
+    return torch.where(x < -0.999, F.logsigmoid(b), torch.where(x > highest_above, F.logsigmoid(-a), inside))
 
 
 class NormalLikelihood(Likelihood):

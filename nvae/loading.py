@@ -2,16 +2,31 @@
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from . import published, published_vdvae
 from .checkpoint import is_ours, read_safely
 from .config import UserError, read_yaml, validate
 from .likelihoods import MixtureEdge
 from .models.base import Family, ModelConfig
 from .models.registry import build, family
-from .published import SAFE_TYPES, from_published, is_published
 
 Weights = Literal["ema", "raw"]
+
+
+class PublishedFormat(Protocol):
+    """How the published code of a family writes its checkpoints."""
+
+    def is_published(self, content: dict[str, Any]) -> bool:
+        """True for a checkpoint of that code."""
+
+    def from_published(
+        self, content: dict[str, Any], edge: MixtureEdge = ..., config: ModelConfig | None = ...
+    ) -> Family[Any]:
+        """Its model, in eval mode; `config` where the checkpoint carries none. Raises UserError."""
+
+
+PUBLISHED_FORMATS: tuple[PublishedFormat, ...] = (published, published_vdvae)
 
 
 def load_model(
@@ -26,12 +41,14 @@ def load_model(
     overrides the edge of the logistic mixture: by default a published checkpoint keeps the published one, and a
     warning says so. `weights` "ema" takes the averaged weights where there are any. Raises UserError.
     """
-    content = read_safely(checkpoint_file(Path(path)), SAFE_TYPES)
+    content = read_safely(checkpoint_file(Path(path)), published.SAFE_TYPES)
+    known = None if config is None else config_from(config)
     try:
         if is_ours(content):
             return _ours(content, mixture_edge, weights)
-        if is_published(content):
-            return _published(content, mixture_edge)
+        for form in PUBLISHED_FORMATS:
+            if form.is_published(content):
+                return _published(form, content, mixture_edge, known)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"{path}: neither a checkpoint of this package nor a published one")
@@ -47,9 +64,11 @@ def checkpoint_file(path: Path) -> Path:
     return checkpoints[-1]
 
 
-def _published(content: dict[str, Any], edge: MixtureEdge | None) -> Family[Any]:
-    model = from_published(content, edge or "published")
-    if edge is None and model.config.likelihood.kind == "logistic_mixture":
+def _published(
+    form: PublishedFormat, content: dict[str, Any], edge: MixtureEdge | None, config: ModelConfig | None
+) -> Family[Any]:
+    model = form.from_published(content, edge or "published", config)
+    if edge is None and not model.config.likelihood.sums_to_one:
         warnings.warn(
             "published checkpoint: the likelihood keeps the published mixture edge, so that published figures are "
             'reproduced; its bits/dim come out too good. Ask for mixture_edge="right" for exact ones.',
@@ -60,10 +79,7 @@ def _published(content: dict[str, Any], edge: MixtureEdge | None) -> Family[Any]
 
 def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> Family[Any]:
     config = model_config(content["config"], "config")
-    if edge is not None:
-        likelihood = config.likelihood.model_copy(update={"edge": edge})
-        config = config.model_copy(update={"likelihood": likelihood})
-    model = build(config)
+    model = build(config if edge is None else config.with_edge(edge))
     state = (content.get("ema") if weights == "ema" else None) or content["model"]
     try:
         model.load_state_dict(state)

@@ -8,14 +8,16 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from .cells import Cell, RegularOp, SeparableOp
 from .config import UserError
 from .convolutions import Conv2d
 from .layers import BatchNorm, DownSkip, UpSkip
 from .likelihoods import LikelihoodConfig, MixtureEdge
+from .models.base import ModelConfig
 from .models.nvae import NVAE, LatentGroup, NVAEConfig
+from .renaming import load_renamed, renamed
 
 SAFE_TYPES = (argparse.Namespace,)
 REDUNDANT = ".weight_normalized"
@@ -211,36 +213,22 @@ def tensor_names(model: NVAE) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------- both ways
 
 
-def from_published(content: dict[str, Any], edge: MixtureEdge = "published") -> NVAE:
-    """The model of a published checkpoint, in eval mode. Raises UserError where weights and arguments disagree."""
+def from_published(content: dict[str, Any], edge: MixtureEdge = "published", config: ModelConfig | None = None) -> NVAE:
+    """The model of a published checkpoint, in eval mode; `config` is not needed, the checkpoint carries its own.
+
+    Raises UserError where weights and arguments disagree.
+    """
     model = NVAE(config_from_args(content["args"], edge))
-    published = {k: v for k, v in content["state_dict"].items() if not k.endswith(REDUNDANT)}
-    names = tensor_names(model)
-    missing, unknown = set(names.values()) - set(published), set(published) - set(names.values())
-    if missing or unknown:
-        example = min(missing or unknown)
-        problem = "lacks" if missing else "has an unknown"
-        raise UserError(
-            f"state_dict: {len(missing)} tensors missing and {len(unknown)} unknown; it {problem} '{example}': "
-            "weights and args are of different models"
-        )
-    state = model.state_dict()
-    for ours, theirs in names.items():
-        if state[ours].shape != published[theirs].shape:
-            raise UserError(
-                f"state_dict: '{theirs}' is {list(published[theirs].shape)}, the args make it {list(state[ours].shape)}"
-            )
-        state[ours] = published[theirs]
-    model.load_state_dict(state)
+    tensors = {name: tensor for name, tensor in content["state_dict"].items() if not name.endswith(REDUNDANT)}
+    load_renamed(model, tensors, tensor_names(model), "args")
     model.mark_loaded()
     return model.eval()
 
 
 def to_published(model: NVAE, dataset: str, epoch: int = 0, global_step: int = 0) -> dict[str, Any]:
     """The published checkpoint of a model, redundant entries included; without optimiser state."""
-    state = model.state_dict()
     names = tensor_names(model)
-    published: dict[str, Tensor] = {theirs: state[ours].detach().clone() for ours, theirs in names.items()}
+    published = renamed(model, names)
     for name, module in model.named_modules():
         if isinstance(module, Conv2d) and not module.normalised:
             key = names[f"{name}.weight"]

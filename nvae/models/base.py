@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Config, UserError
 from ..latents import Normal
-from ..likelihoods import Likelihood, LikelihoodConfig
+from ..likelihoods import Likelihood, LikelihoodConfig, MixtureEdge
 
 Density = Literal["exact", "bound", "none"]
 Recomputation = Literal["none", "activations", "cells"]
@@ -32,6 +32,20 @@ class ModelConfig(Config):
     image_channels: Literal[1, 3] = 3
     """1 for grey or binary images, 3 for RGB."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
+
+    @model_validator(mode="after")
+    def _likelihood_fits(self) -> Self:
+        if self.likelihood.kind == "bernoulli" and self.image_channels != 1:
+            raise ValueError("likelihood.kind: bernoulli is for one-channel images, image_channels is 3")
+        if self.likelihood.kind == "normal" and self.image_channels != 3:
+            raise ValueError("likelihood.kind: normal is for RGB images, image_channels is 1")
+        if 2 * self.likelihood.border >= self.image_size:
+            raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
+        return self
+
+    def with_edge(self, edge: MixtureEdge) -> Self:
+        """The same model with another edge of the logistic mixture."""
+        return self.model_copy(update={"likelihood": self.likelihood.model_copy(update={"edge": edge})})
 
 
 @dataclass
@@ -127,7 +141,11 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
 
     @abstractmethod
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
-        """The scalar to minimise, in nats per image, at a fraction of training done, and detached metrics to log."""
+        """The scalar to minimise at a fraction of training done, and detached metrics to log.
+
+        The scalar is in the family's own unit: thresholds on gradient norms and the optimiser's eps are meant for it.
+        Metrics are in nats per image, among them `nelbo` (the true one), `reconstruction` and `kl`.
+        """
 
     def set_recomputation(self, mode: Recomputation) -> None:
         """What the backward pass computes again instead of keeping it. Raises UserError where a mode is not offered."""

@@ -74,12 +74,6 @@ class NVAEConfig(ModelConfig):
     def _possible(self) -> "NVAEConfig":
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture: no '{self.architecture}'{nearest(self.architecture, ARCHITECTURES)}")
-        if self.likelihood.kind == "bernoulli" and self.image_channels != 1:
-            raise ValueError("likelihood.kind: bernoulli is for one-channel images, image_channels is 3")
-        if self.likelihood.kind == "normal" and self.image_channels != 3:
-            raise ValueError("likelihood.kind: normal is for RGB images, image_channels is 1")
-        if 2 * self.likelihood.border >= self.image_size:
-            raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
         halvings = self.halvings + self.scales - 1
         if self.image_size % 2**halvings:
             possible = (self.image_size & -self.image_size).bit_length() - 1

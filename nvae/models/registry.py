@@ -6,7 +6,7 @@ from typing import Any
 from ..config import UserError, nearest
 from .base import Family, ModelConfig
 
-FAMILIES = {"nvae": "nvae.models.nvae:NVAE"}
+FAMILIES = {"nvae": "nvae.models.nvae:NVAE", "vdvae": "nvae.models.vdvae:VDVAE"}
 
 
 def family(name: str) -> type[Family[Any]]:

@@ -1,0 +1,454 @@
+"""The Very Deep VAE: residual blocks and up to 78 layers of latents, down to 1×1 (Child 2021; spec_vdvae).
+
+Shapes: B batch, C image channels, W width and R resolution of a state, Z latent channels, N latent blocks (top-down),
+K draws of an image. "Bottom-up" is the encoder, from image to code; "top-down" the decoder. A *tap* is the encoder's
+last output at a resolution, after GELU: what the posteriors of that resolution see of the image.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import UserError
+from ..latents import Normal, at_least_float32, kl_divergence
+from ..likelihoods import LIKELIHOODS, Likelihood, quantise
+from .base import Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block of a layer string."""
+
+    resolution: int
+    pool: int = 1
+    """Encoder: the factor by which the block's output is pooled."""
+    below: int | None = None
+    """Decoder: the resolution whose state is enlarged and added first."""
+
+
+class VDVAEConfig(ModelConfig):
+    family: Literal["vdvae"] = "vdvae"
+    """Which family of models."""
+    encoder: str
+    """Bottom-up blocks, `32x11,32d2,16x6,…`: `RxN` N blocks at resolution R, `R` one, `RdK` one, then pooled by K."""
+    decoder: str
+    """Top-down latent blocks, `1x1,4m1,4x2,…`: `RxN` N at resolution R, `R` one, `RmK` one that first adds the state of
+    resolution K, enlarged."""
+    width: int = Field(384, ge=1)
+    """Channels of the states, at the image's resolution and wherever `widths` does not say otherwise."""
+    widths: str = ""
+    """Channels at other resolutions, `512:32,256:64,…`; they never grow with the resolution."""
+    bottleneck: float = Field(0.25, gt=0)
+    """Channels inside a block, as a fraction of the width."""
+    latent_channels: int = Field(16, ge=1)
+    """Channels of a latent variable, Z."""
+    bias_up_to: int = Field(64, ge=0)
+    """Largest resolution at which the decoder's state starts from a learned bias; above, it starts from zeros."""
+    input_mean: float
+    """Mean of the training set's pixels, from 0 to 255, over all channels: subtracted from the encoder's input."""
+    input_std: float = Field(gt=0)
+    """Their standard deviation: the encoder's input is divided by it."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "VDVAEConfig":
+        taps = self._check_encoder()
+        self._check_decoder(taps)
+        self._check_widths(taps)
+        return self
+
+    def _check_encoder(self) -> list[int]:
+        """The resolutions of the encoder, largest first."""
+        taps = [self.image_size]
+        for layer in self.encoder_layers:
+            if layer.resolution != taps[-1]:
+                raise ValueError(f"encoder: a block at resolution {layer.resolution} follows an output of {taps[-1]}")
+            if layer.resolution % layer.pool:
+                raise ValueError(f"encoder: {layer.resolution} pixels can't be pooled by {layer.pool}")
+            if layer.pool > 1:
+                taps.append(layer.resolution // layer.pool)
+        return taps
+
+    def _check_decoder(self, taps: list[int]) -> None:
+        resolutions = {layer.resolution for layer in self.decoder_layers}
+        for layer in self.decoder_layers:
+            if layer.resolution not in taps:
+                raise ValueError(
+                    f"decoder: resolution {layer.resolution} is not one of the encoder's ({_listed(taps)})"
+                )
+            if layer.below is not None and (layer.below not in resolutions or layer.resolution % layer.below):
+                possible = sorted(r for r in resolutions if r < layer.resolution and layer.resolution % r == 0)
+                raise ValueError(
+                    f"decoder: {layer.resolution}m{layer.below}: no state of resolution {layer.below} can be enlarged "
+                    f"to {layer.resolution} (possible: {_listed(possible)})"
+                )
+        for needed, what in ((self.image_size, "the image's"), (taps[-1], "the encoder's last")):
+            if needed not in resolutions:
+                raise ValueError(f"decoder: has no block at {what} resolution, {needed}")
+
+    def _check_widths(self, taps: list[int]) -> None:
+        widths = [self.width_at(resolution) for resolution in taps]
+        if widths[0] != self.width:
+            raise ValueError(f"widths: {widths[0]} at the image's resolution, {taps[0]}, where `width` is {self.width}")
+        for (small, narrow), (large, wide) in zip(
+            zip(taps[1:], widths[1:], strict=True), zip(taps, widths, strict=False), strict=False
+        ):
+            if narrow < wide:
+                raise ValueError(
+                    f"widths: {wide} at resolution {large} but {narrow} at {small}: they can't grow with it"
+                )
+        if self.middle_at(self.image_size) < 1:
+            raise ValueError(f"bottleneck: {self.bottleneck} of width {self.width} leaves no channel")
+
+    @property
+    def encoder_layers(self) -> list[Layer]:
+        """The blocks bottom-up. Raises ValueError where the string is no layer string."""
+        return parse_layers("encoder", self.encoder, "d")
+
+    @property
+    def decoder_layers(self) -> list[Layer]:
+        """The latent blocks top-down. Raises ValueError likewise."""
+        return parse_layers("decoder", self.decoder, "m")
+
+    def width_at(self, resolution: int) -> int:
+        """W at a resolution."""
+        return parse_widths(self.widths).get(resolution, self.width)
+
+    def middle_at(self, resolution: int) -> int:
+        """Channels inside a block at a resolution."""
+        return int(self.width_at(resolution) * self.bottleneck)
+
+
+def parse_layers(field: str, text: str, joint: Literal["d", "m"]) -> list[Layer]:
+    """The blocks of a layer string (spec_vdvae, Bricks); `joint` is the letter that changes resolution in it."""
+    layers: list[Layer] = []
+    for part in text.split(","):
+        match = re.fullmatch(rf"\s*([1-9]\d*)(?:([x{joint}])([1-9]\d*))?\s*", part)
+        if match is None:
+            raise ValueError(f"{field}: '{part}' is not a layer: write R, RxN or R{joint}K, with commas in between")
+        resolution, kind, number = int(match[1]), match[2], int(match[3] or 1)
+        if kind == "d":
+            layers.append(Layer(resolution, pool=number))
+        elif kind == "m":
+            layers.append(Layer(resolution, below=number))
+        else:
+            layers += [Layer(resolution)] * number
+    return layers
+
+
+def parse_widths(text: str) -> dict[int, int]:
+    """Resolution -> width, from `64:8,32:16`."""
+    widths = {}
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"\s*([1-9]\d*):([1-9]\d*)\s*", part)
+        if match is None:
+            raise ValueError(f"widths: '{part}' is not a resolution and its width, as in 64:8")
+        widths[int(match[1])] = int(match[2])
+    return widths
+
+
+def _listed(resolutions: Sequence[int]) -> str:
+    return ", ".join(map(str, resolutions)) or "none"
+
+
+# ----------------------------------------------------------------------------------------------------------- bricks
+
+
+def convolution(in_channels: int, out_channels: int, kernel_size: int = 1, *, scale: float = 1.0) -> nn.Conv2d:
+    """A plain convolution that keeps the resolution: PyTorch's starting weights times `scale`, biases at 0."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Block(nn.Module):
+    """1×1 → GELU → 3×3 → GELU → 3×3 → GELU → 1×1, of an input after its own GELU; the 3×3s are 1×1s up to R = 2.
+
+    The first GELU is the caller's, so that blocks with one input share it. `scale` is of the last starting weights.
+    """
+
+    def __init__(self, in_channels: int, middle: int, out_channels: int, resolution: int, scale: float = 1.0) -> None:
+        super().__init__()
+        kernel_size = 3 if resolution > 2 else 1
+        self.reduce = convolution(in_channels, middle)
+        self.first = convolution(middle, middle, kernel_size)
+        self.second = convolution(middle, middle, kernel_size)
+        self.expand = convolution(middle, out_channels, scale=scale)
+
+    def forward(self, activated: Tensor) -> Tensor:
+        """(B, in, R, R) -> (B, out, R, R)."""
+        return self.reduced(self.reduce(activated))
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """What follows the first convolution: (B, middle, R, R) -> (B, out, R, R)."""
+        x = self.first(F.gelu(x))
+        x = self.second(F.gelu(x))
+        return cast(Tensor, self.expand(F.gelu(x)))
+
+
+Result = TypeVar("Result")
+
+
+class Recomputable(nn.Module):
+    """A part of the network that, with `recompute`, keeps only its input and runs again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute = False
+
+    def run(self, part: Callable[..., Result], *inputs: Any) -> Result:
+        """part(*inputs)."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return part(*inputs)
+        result: Result = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return result
+
+
+class EncoderBlock(Recomputable):
+    """A residual block; then, where the resolution changes, pooling and channels of zeros up to the next width."""
+
+    def __init__(self, config: VDVAEConfig, layer: Layer, scale: float) -> None:
+        super().__init__()
+        resolution, width = layer.resolution, config.width_at(layer.resolution)
+        self.block = Block(width, config.middle_at(resolution), width, resolution, scale)
+        self.pool = layer.pool
+        self.growth = config.width_at(resolution // layer.pool) - width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, W, R, R) -> (B, W', R/pool, R/pool)."""
+        return self.run(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.block(F.gelu(x))
+        if self.pool > 1:
+            x = F.avg_pool2d(x, self.pool)
+        return F.pad(x, (0, 0, 0, 0, 0, self.growth)) if self.growth else x
+
+
+@dataclass
+class Draw:
+    """What a latent block did with an image."""
+
+    state: Tensor
+    """(B, W, R, R), with z in it."""
+    z: Tensor
+    """(B, Z, R, R)."""
+    channel_kl: Tensor
+    """(B, Z) nats."""
+    log_q: Tensor
+    """(B,) nats, at z."""
+    log_p: Tensor
+    """(B,) nats, at z."""
+    posterior: Normal
+    prior: Normal
+
+
+class LatentBlock(Recomputable):
+    """One layer of latents: its prior, its posterior, and how z enters the state (spec_vdvae, Decoder)."""
+
+    def __init__(self, config: VDVAEConfig, layer: Layer, scale: float) -> None:
+        super().__init__()
+        self.resolution, self.below = layer.resolution, layer.below
+        self.width, self.latent_channels = config.width_at(layer.resolution), config.latent_channels
+        middle = config.middle_at(layer.resolution)
+        self.posterior = Block(2 * self.width, middle, 2 * self.latent_channels, self.resolution)
+        self.prior = Block(self.width, middle, 2 * self.latent_channels + self.width, self.resolution, scale=0.0)
+        self.project = convolution(self.latent_channels, self.width, scale=scale)
+        self.residual = Block(self.width, middle, self.width, self.resolution, scale)
+
+    def infer(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
+        """A draw from the posterior, or the given z scored, and the state after it.
+
+        x (K·B, W, R, R), below (K·B, W', R', R'), tap (B, W, R, R), noise and given (K·B, Z, R, R); K any number.
+        """
+        return self.run(self._infer, x, below, tap, noise, given)
+
+    def generate(
+        self, x: Tensor, below: Tensor | None, noise: Tensor, temperature: float, given: Tensor | None
+    ) -> Tensor:
+        """The state (B, W, R, R) after a draw from the prior at a temperature, or after the given z."""
+        x = self._joined(x, below)
+        p, x = self._prior(x, F.gelu(x), temperature)
+        return self._entered(x, p.draw(noise) if given is None else given)
+
+    def _infer(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
+        x = self._joined(x, below)
+        activated = F.gelu(x)
+        q = self._posterior(activated, tap)
+        p, x = self._prior(x, activated)
+        z = q.draw(noise) if given is None else given
+        log_q, log_p = q.log_prob(z).sum((1, 2, 3)), p.log_prob(z).sum((1, 2, 3))
+        return Draw(self._entered(x, z), z, kl_divergence(q, p).sum((2, 3)), log_q, log_p, q, p)
+
+    def _joined(self, x: Tensor, below: Tensor | None) -> Tensor:
+        """The state after the first channels of the one below, enlarged, were added."""
+        if below is None:
+            return x
+        factor = self.resolution // below.shape[-1]
+        return x + F.interpolate(below[:, : self.width], scale_factor=factor, mode="nearest")
+
+    def _prior(self, x: Tensor, activated: Tensor, temperature: float = 1.0) -> tuple[Normal, Tensor]:
+        """p(z), and the state with what the prior's block adds to it."""
+        raw, h = torch.split(self.prior(activated), [2 * self.latent_channels, self.width], dim=1)
+        return Normal.from_log_sigma(raw, temperature), x + h
+
+    def _posterior(self, activated: Tensor, tap: Tensor) -> Normal:
+        """q(z | x), from concat(state, tap): the first convolution is applied to each apart, to a tap once an image."""
+        of_state, of_tap = torch.split(self.posterior.reduce.weight, self.width, dim=1)
+        x = F.conv2d(activated, of_state, self.posterior.reduce.bias)
+        x = torch.unflatten(x, 0, (-1, tap.shape[0]))
+        x = (x + F.conv2d(tap, of_tap)).flatten(0, 1)
+        return Normal.from_log_sigma(self.posterior.reduced(x))
+
+    def _entered(self, x: Tensor, z: Tensor) -> Tensor:
+        """The state after z has entered it."""
+        x = x + self.project(z)
+        return cast(Tensor, x + self.residual(F.gelu(x)))
+
+
+# ------------------------------------------------------------------------------------------------------ the network
+
+
+@dataclass
+class Features:
+    """The bottom-up pass of a batch, K draws to come of each of its B images."""
+
+    target: Tensor
+    """(K·B, C, H, W), the quantised images."""
+    taps: dict[int, Tensor]
+    """The tap (B, W, R, R) of each resolution R of the decoder."""
+
+    def repeated(self, times: int) -> "Features":
+        """The batch `times` over: draw k of image b is row k·B + b. The taps stay one an image."""
+        return Features(self.target.repeat(times, 1, 1, 1), self.taps)
+
+
+class VDVAE(Family[VDVAEConfig]):
+    """One ladder of states, an image's way up and its way down (spec_vdvae)."""
+
+    config_type: ClassVar[type[ModelConfig]] = VDVAEConfig
+
+    def __init__(self, config: VDVAEConfig) -> None:
+        super().__init__(config)
+        up, down = config.encoder_layers, config.decoder_layers
+        self.stem = convolution(config.image_channels, config.width, 3)
+        self.encoder = nn.ModuleList(EncoderBlock(config, layer, math.sqrt(1 / len(up))) for layer in up)
+        self.decoder = nn.ModuleList(LatentBlock(config, layer, math.sqrt(1 / len(down))) for layer in down)
+        self.biases = nn.ParameterDict()
+        for resolution in self._resolutions():
+            if resolution <= config.bias_up_to:
+                self.biases[str(resolution)] = torch.zeros(1, config.width_at(resolution), resolution, resolution)
+        self.gain = nn.Parameter(torch.ones(1, config.width, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(1, config.width, 1, 1))
+        likelihood = LIKELIHOODS[config.likelihood.kind]
+        self.head = convolution(config.width, likelihood.params_per_pixel(config.likelihood, config.image_channels))
+
+    # ------------------------------------------------------------------------------------------------- the contract
+
+    def encode(self, x: Tensor) -> Features:
+        """The bottom-up pass of images (B, C, H, W) in [0, 1]. The encoder sees all 8 bits of an image."""
+        config = self.config
+        # The stream of states stays in float32 under autocast: up to a hundred blocks add to it.
+        state = at_least_float32(self.stem((255 * x - config.input_mean) / config.input_std))
+        last = {config.image_size: state}
+        for block in self.encoder:
+            state = block(state)
+            last[state.shape[-1]] = state
+        taps = {resolution: F.gelu(last[resolution]) for resolution in self._resolutions()}
+        return Features(quantise(x, config.likelihood.bits, config.likelihood.grid), taps)
+
+    def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
+        """Draws from the posterior and decodes. Given latents (the first blocks, top-down) are scored, not drawn."""
+        batch, given = features.target.shape[0], latents or ()
+        noise = self._noise(batch, noise)
+        states = self._first_states(batch)
+        draws: list[Draw] = []
+        for i, block in enumerate(self._latent_blocks()):
+            z = given[i] if i < len(given) else None
+            x, below, tap = states[block.resolution], states.get(block.below), features.taps[block.resolution]
+            draws.append(block.infer(x, below, tap, noise[i], z))
+            states[block.resolution] = draws[-1].state
+        return Output(
+            likelihood=self._likelihood(states),
+            target=features.target,
+            channel_kl=[draw.channel_kl for draw in draws],
+            log_q=torch.stack([draw.log_q for draw in draws]).sum(0),
+            log_p=torch.stack([draw.log_p for draw in draws]).sum(0),
+            z=[draw.z for draw in draws],
+            posterior=[draw.posterior for draw in draws],
+            prior=[draw.prior for draw in draws],
+        )
+
+    def sample(
+        self,
+        n: int,
+        temperature: Temperature = 1.0,
+        noise: Noise | None = None,
+        latents: Sequence[Tensor] | None = None,
+    ) -> Likelihood:
+        """n images from the prior, σ of each block's latents times its temperature (spec_vdvae, Decoder)."""
+        blocks, given = self._latent_blocks(), latents or ()
+        scale = temperatures(temperature, len(blocks))
+        noise = self._noise(n, noise)
+        states = self._first_states(n)
+        for i, block in enumerate(blocks):
+            z = given[i] if i < len(given) else None
+            x, below = states[block.resolution], states.get(block.below)
+            states[block.resolution] = block.generate(x, below, noise[i], scale[i], z)
+        return self._likelihood(states)
+
+    def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
+        """(n, Z, R, R) of each block, top-down."""
+        return [(n, block.latent_channels, block.resolution, block.resolution) for block in self._latent_blocks()]
+
+    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+        """Mean over the batch of the negative ELBO in nats per dimension (spec_vdvae, Data and loss)."""
+        kl = output.kl.sum(1)
+        nelbo = output.reconstruction + kl
+        metrics = {"nelbo": nelbo, "reconstruction": output.reconstruction, "kl": kl}
+        return nelbo.mean() / output.likelihood.dims, {name: nats.mean().detach() for name, nats in metrics.items()}
+
+    def set_recomputation(self, mode: Recomputation) -> None:
+        """`cells`: every block runs again in the backward pass. Raises UserError for `activations`."""
+        if mode == "activations":
+            raise UserError("train.recompute: a Very Deep VAE offers none and cells, found 'activations'")
+        for module in self.modules():
+            if isinstance(module, Recomputable):
+                module.recompute = mode == "cells"
+
+    # ----------------------------------------------------------------------------------------------------- top-down
+
+    def _latent_blocks(self) -> list[LatentBlock]:
+        return cast("list[LatentBlock]", list(self.decoder))
+
+    def _resolutions(self) -> list[int]:
+        """Those of the decoder, ascending."""
+        return sorted({block.resolution for block in self._latent_blocks()})
+
+    def _first_states(self, batch: int) -> dict[int | None, Tensor]:
+        """The state (B, W, R, R) of each resolution R before its first block: the learned bias, or zeros."""
+        states: dict[int | None, Tensor] = {}
+        for resolution in self._resolutions():
+            zeros = self.gain.new_zeros(1, self.config.width_at(resolution), 1, 1)
+            start = self.biases.get(str(resolution), zeros)
+            states[resolution] = start.expand(batch, -1, resolution, resolution)
+        return states
+
+    def _likelihood(self, states: dict[int | None, Tensor]) -> Likelihood:
+        params = self.head(states[self.config.image_size] * self.gain + self.shift)
+        return LIKELIHOODS[self.config.likelihood.kind](params, self.config.likelihood, self.config.image_channels)
+
+    def _noise(self, batch: int, noise: Noise | None) -> Noise:
+        if noise is not None:
+            return noise
+        return [torch.randn(shape, device=self.gain.device) for shape in self.latent_shapes(batch)]
