@@ -136,8 +136,8 @@ class Bernoulli(Likelihood):
         return batch, channels, height, width
 
     def sample(self, temperature: float = 1.0, uniform: Tensor | None = None) -> Tensor:
-        """The logits are divided by the temperature."""
-        return (self._uniform(uniform) < torch.sigmoid(self.params / temperature)).to(self.params.dtype)
+        """The logits are divided by the temperature; at 0 the likelier value comes out."""
+        return (temperature * torch.logit(self._uniform(uniform)) < self.params).to(self.params.dtype)
 
 
 class LogisticMixture(Likelihood):
@@ -172,14 +172,14 @@ class LogisticMixture(Likelihood):
 
     def _log_prob(self, x: Tensor) -> Tensor:
         x = (2 * x - 1).unsqueeze(2)  # (B, C, 1, H, W)
-        centred = x - self._shifted_means(x)
+        means = self._shifted_means(x)
         levels = 2**self.config.bits - 1
         if self.config.edge == "published":
             above = PUBLISHED_HIGHEST_ABOVE[self.config.grid]
-            per_colour = published_logistic_log_prob(x, centred, self.log_scales, levels, above)
+            per_colour = published_logistic_log_prob(x, x - means, self.log_scales, levels, above)
         else:
             highest = 2 * highest_level(self.config.bits, self.config.grid) - 1
-            per_colour = logistic_log_prob(x, centred, self.log_scales, levels, highest)
+            per_colour = logistic_log_prob(x, means, self.log_scales, levels, highest)
         return torch.logsumexp(per_colour.sum(1) + F.log_softmax(self.logits, dim=1), dim=1, keepdim=True)
 
     def mean(self) -> Tensor:
@@ -203,7 +203,7 @@ class LogisticMixture(Likelihood):
         numbers = self._uniform(uniform)
         m = self.config.components
         gumbel = -torch.log(-torch.log(numbers[:, :m]))
-        chosen = (self.logits / temperature + gumbel).argmax(dim=1)[:, None, None]  # (B, 1, 1, H, W)
+        chosen = (self.logits + temperature * gumbel).argmax(dim=1)[:, None, None]  # (B, 1, 1, H, W)
 
         def pick(values: Tensor) -> Tensor:  # (B, C, M, H, W) -> (B, C, H, W)
             return values.gather(2, chosen.expand(-1, values.shape[1], -1, -1, -1)).squeeze(2)
@@ -219,20 +219,22 @@ class LogisticMixture(Likelihood):
         return torch.stack([red, green, blue], dim=1) / 2 + 0.5
 
 
-def logistic_log_prob(x: Tensor, centred: Tensor, log_scales: Tensor, levels: int, highest: float = 1.0) -> Tensor:
+def logistic_log_prob(x: Tensor, means: Tensor, log_scales: Tensor, levels: int, highest: float = 1.0) -> Tensor:
     """Log-probability in nats of a level x ∈ [−1, 1] under a discretised logistic; sums to 1 over the levels.
 
     With a, b the ends of the level's bin in units of the scale, σ(b) − σ(a) = σ(b) σ(−a) (1 − e^(a−b)), which stays
-    exact where the difference underflows. The lowest level takes the left tail, the highest the right one. `centred`
-    is x minus the mean; the V + 1 levels, V = `levels` = 2^b − 1, lie evenly from −1 to `highest`.
+    exact where the difference underflows. The lowest level takes the left tail, the highest the right one. The V + 1
+    levels, V = `levels` = 2^b − 1, lie evenly from −1 to `highest`; x counts as the one it is nearest to.
     """
     half = (highest + 1) / (2 * levels)  # half the width of a bin
+    level = torch.round((x + 1) / (2 * half))
+    # Computed from the level, a bin's upper edge is the next one's lower edge to the last bit: so the sum is 1.
+    above, below = (2 * level + 1) * half - 1, (2 * level - 1) * half - 1
     inverse = torch.exp(-log_scales)
-    upper = F.logsigmoid((centred + half) * inverse)  # log σ(b)
-    lower = F.logsigmoid(-(centred - half) * inverse)  # log σ(−a)
-    width = torch.log(-torch.expm1(-2 * half * inverse))
-    is_lowest, is_highest = x < -1 + half, x > highest - half
-    return torch.where(is_lowest, upper, torch.where(is_highest, lower, upper + lower + width))
+    upper = F.logsigmoid((above - means) * inverse)  # log σ(b)
+    lower = F.logsigmoid((means - below) * inverse)  # log σ(−a)
+    width = torch.log(-torch.expm1(-(2 * half * inverse).clamp(min=1e-37)))  # an infinite scale stays finite
+    return torch.where(level <= 0, upper, torch.where(level >= levels, lower, upper + lower + width))
 
 
 PUBLISHED_HIGHEST_ABOVE: dict[Grid, float] = {"stretched": 0.99, "truncated": 0.999}
