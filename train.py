@@ -12,24 +12,28 @@ from pathlib import Path
 
 from nvae.run import command, config_help, dry_run, read_run_config, train
 
+DEFAULT = "configs/digits.yaml"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields of a config, and of overrides:\n\n" + config_help(),
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
     )
-    parser.add_argument("config", nargs="?", default="configs/digits.yaml", help="YAML file (default: %(default)s)")
+    parser.add_argument("config", nargs="?", default=DEFAULT, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="takes the place of the YAML's")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, parameters and groups, stop")
-    args = parser.parse_args()
+    parser.add_argument("-h", "--help", action="store_true", help="print this and every field of the config's family")
+    args = parser.parse_intermixed_args()
     if "=" in args.config:
-        args.config, args.overrides = parser.get_default("config"), [args.config, *args.overrides]
+        args.config, args.overrides = DEFAULT, [args.config, *args.overrides]
     config = read_run_config(Path(args.config), args.overrides)
-    if args.dry_run:
+    if args.help:
+        print(parser.format_help(), config_help(config.model.family), sep="\nfields of a config, and of overrides:\n\n")
+    elif args.dry_run:
         print(dry_run(config))
-        return 0
-    return train(config)
+    else:
+        return train(config)
+    return 0
 
 
 if __name__ == "__main__":
