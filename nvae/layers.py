@@ -51,6 +51,7 @@ class BatchNorm(nn.Module):
         self.recompute = False
         self._statistics: tuple[Tensor, Tensor] | None = None
         self._replaying = False
+        self._alone = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), in the type of the input; statistics in float32."""
@@ -69,14 +70,15 @@ class BatchNorm(nn.Module):
     def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance (C,) over B, H, W and ranks; advances the running statistics."""
         var, mean = torch.var_mean(x.float() if x.dtype.itemsize < 4 else x, dim=(0, 2, 3), correction=0)
-        if world_size() > 1:
+        ranks, momentum = (1, 1.0) if self._alone else (world_size(), self.momentum)
+        if ranks > 1:
             # One collective; float64 because var = E[x²] − E[x]² cancels.
             moments = all_mean(torch.stack([mean, var + mean.square()]).double())
             moments[1] -= moments[0].square()
             mean, var = moments.to(mean.dtype).unbind()
-        count = x.numel() // x.shape[1] * world_size()
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
+        count = x.numel() // x.shape[1] * ranks
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
         self.num_batches_tracked.add_(1)
         return mean, var
 
@@ -94,6 +96,18 @@ def replaying(modules: list[BatchNorm]) -> Iterator[None]:
     finally:
         for module in modules:
             module._replaying = False
+
+
+@contextmanager
+def measuring(modules: list[BatchNorm]) -> Iterator[None]:
+    """Within, running statistics are those of the last pass of this rank alone, no average over passes and ranks."""
+    for module in modules:
+        module._alone = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._alone = False
 
 
 class _BatchNorm(torch.autograd.Function):
