@@ -79,7 +79,7 @@ def _published(
 
 def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> Family[Any]:
     config = model_config(content["config"], "config")
-    model = build(config if edge is None else config.with_edge(edge))
+    model = build(config if edge is None else config.with_likelihood(edge=edge))
     state = (content.get("ema") if weights == "ema" else None) or content["model"]
     try:
         model.load_state_dict(state)

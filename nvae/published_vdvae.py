@@ -27,7 +27,7 @@ def is_published(content: dict[str, Any]) -> bool:
 def from_published(
     content: dict[str, Any], edge: MixtureEdge = "published", config: ModelConfig | None = None
 ) -> VDVAE:
-    """The model of a published checkpoint and the config of its recipe, in eval mode.
+    """The model of a published checkpoint and the config of its recipe, in eval mode; its levels are truncated ones.
 
     Raises UserError without a config, or where weights and config disagree.
     """
@@ -38,7 +38,7 @@ def from_published(
         )
     if not isinstance(config, VDVAEConfig):
         raise UserError(f"config: its model is of family '{config.family}', the checkpoint is of family 'vdvae'")
-    model = VDVAE(config.with_edge(edge))
+    model = VDVAE(config.with_likelihood(edge=edge, grid="truncated"))
     tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in content.items()}
     load_renamed(model, tensors, tensor_names(model), "config")
     return model.eval()

@@ -6,16 +6,18 @@ The entry scripts call `train_command`; evaluation and sampling start from `load
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 import torch
 from pydantic import model_validator
+from torch import Tensor
 
 from . import distributed
 from .config import Config, UserError, apply_overrides, describe, dump_yaml, read_yaml, validate
 from .data.config import DataConfig
+from .data.images import Images
 from .data.loading import TrainingStream
 from .data.sets import open_images
 from .folder import RunFolder
@@ -158,6 +160,8 @@ def _train_in(folder: RunFolder, config: AnyRunConfig, device: torch.device) -> 
     for problem in problems:
         warnings.warn(problem, stacklevel=2)
     config = _with_global_batch(config, saved)
+    images = open_images(config.data, "train")
+    config = _with_settled_model(config, saved, images)
     if saved is not None:
         _check_changes(saved["config"], config)
     resolved = config.model_dump(mode="json")
@@ -166,7 +170,7 @@ def _train_in(folder: RunFolder, config: AnyRunConfig, device: torch.device) -> 
     _set_precision(config.train)
 
     stream = TrainingStream(
-        open_images(config.data, "train"),
+        images,
         config.data,
         seed=config.seed,
         device=device,
@@ -252,6 +256,25 @@ def _with_global_batch(config: AnyRunConfig, saved: Mapping[str, Any] | None) ->
             f"data.batch × processes must divide it"
         )
     return config.model_copy(update={"data": data.model_copy(update={"global_batch": total, "batch": batch})})
+
+
+def _with_settled_model(config: AnyRunConfig, saved: Mapping[str, Any] | None, images: Images) -> AnyRunConfig:
+    """The config with what its model leaves open: as the run had it before, or measured on its first images."""
+    before = run_config(saved["config"], "the checkpoint's config").model if saved else None
+    same_family = isinstance(before, type(config.model))
+    model = config.model.settled(before if same_family else None, _first_images(images, config))
+    return config.model_copy(update={"model": model})
+
+
+def _first_images(images: Images, config: AnyRunConfig, limit: int = 10_000) -> Iterator[Tensor]:
+    """The first images that training sees, at most a whole epoch and the same on every rank: (B, C, H, W) in [0, 1]."""
+    stream = TrainingStream(images, config.data, seed=config.seed, device=torch.device("cpu"))
+    left = min(limit, stream.epoch_size)
+    for batch in stream.batches(start=0):
+        yield batch.images[:left]
+        left -= len(batch.images)
+        if left <= 0:
+            return
 
 
 def _check_changes(saved: Mapping[str, Any], config: AnyRunConfig) -> None:

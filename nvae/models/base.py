@@ -4,7 +4,7 @@ Shapes: B batch, C image channels, H W space, G latent groups (top-down), L late
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import Config, UserError
 from ..latents import Normal
-from ..likelihoods import Likelihood, LikelihoodConfig, MixtureEdge
+from ..likelihoods import Likelihood, LikelihoodConfig
 
 Density = Literal["exact", "bound", "none"]
 Recomputation = Literal["none", "activations", "cells"]
@@ -43,9 +43,16 @@ class ModelConfig(Config):
             raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
         return self
 
-    def with_edge(self, edge: MixtureEdge) -> Self:
-        """The same model with another edge of the logistic mixture."""
-        return self.model_copy(update={"likelihood": self.likelihood.model_copy(update={"edge": edge})})
+    def with_likelihood(self, **fields: Any) -> Self:
+        """The same model with some fields of its likelihood changed."""
+        return self.model_copy(update={"likelihood": self.likelihood.model_copy(update=fields)})
+
+    def settled(self, saved: Self | None, images: Iterable[Tensor]) -> Self:
+        """The config with what it leaves open as `saved`, the run's own, has it, or else measured on training images.
+
+        `images` are batches (B, C, H, W) in [0, 1], read only where they are needed. Here nothing is left open.
+        """
+        return self
 
 
 @dataclass

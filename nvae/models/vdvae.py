@@ -7,7 +7,7 @@ last output at a resolution, after GELU: what the posteriors of that resolution 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -52,17 +52,27 @@ class VDVAEConfig(ModelConfig):
     """Channels of a latent variable, Z."""
     bias_up_to: int = Field(64, ge=0)
     """Largest resolution at which the decoder's state starts from a learned bias; above, it starts from zeros."""
-    input_mean: float
-    """Mean of the training set's pixels, from 0 to 255, over all channels: subtracted from the encoder's input."""
-    input_std: float = Field(gt=0)
-    """Their standard deviation: the encoder's input is divided by it."""
+    input_mean: float | None = None
+    """Mean of the training images' pixels, from 0 to 255: subtracted from what the encoder sees. None: measured when a
+    run begins, and kept in its config."""
+    input_std: float | None = Field(None, gt=0)
+    """Their standard deviation, by which it is then divided; None likewise."""
 
     @model_validator(mode="after")
     def _possible(self) -> "VDVAEConfig":
         taps = self._check_encoder()
         self._check_decoder(taps)
         self._check_widths(taps)
+        if (self.input_mean is None) != (self.input_std is None):
+            raise ValueError("input_mean, input_std: give both, or neither for both to be measured")
         return self
+
+    def settled(self, saved: "VDVAEConfig | None", images: Iterable[Tensor]) -> "VDVAEConfig":
+        """With the mean and standard deviation of the run, or of the images, unless it has its own."""
+        if self.input_mean is not None:
+            return self
+        mean, std = pixel_moments(images) if saved is None else (saved.input_mean, saved.input_std)
+        return self.model_copy(update={"input_mean": mean, "input_std": std})
 
     def _check_encoder(self) -> list[int]:
         """The resolutions of the encoder, largest first."""
@@ -152,6 +162,20 @@ def parse_widths(text: str) -> dict[int, int]:
             raise ValueError(f"widths: '{part}' is not a resolution and its width, as in 64:8")
         widths[int(match[1])] = int(match[2])
     return widths
+
+
+def pixel_moments(images: Iterable[Tensor]) -> tuple[float, float]:
+    """Mean and standard deviation, from 0 to 255 and to 4 decimals, of all pixels of (B, C, H, W) images in [0, 1]."""
+    sums = torch.zeros(3, dtype=torch.float64)  # how many, Σ, Σ²
+    for batch in images:
+        pixels = 255 * batch.double()
+        sums += torch.stack([torch.ones_like(pixels).sum(), pixels.sum(), pixels.square().sum()])
+    count, total, squares = sums.tolist()
+    mean = total / count
+    std = math.sqrt(max(squares / count - mean**2, 0))
+    if std == 0:
+        raise UserError("data: the training images are all of one grey")
+    return round(mean, 4), round(std, 4)
 
 
 def _listed(resolutions: Sequence[int]) -> str:
@@ -358,6 +382,8 @@ class VDVAE(Family[VDVAEConfig]):
     def encode(self, x: Tensor) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]. The encoder sees all 8 bits of an image."""
         config = self.config
+        if config.input_mean is None or config.input_std is None:
+            raise UserError("model.input_mean, model.input_std: not measured; train a run, or give them in the config")
         # The stream of states stays in float32 under autocast: up to a hundred blocks add to it.
         state = at_least_float32(self.stem((255 * x - config.input_mean) / config.input_std))
         last = {config.image_size: state}
