@@ -30,6 +30,15 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def device_type(wanted: str, field: str) -> str:
+    """`cpu` or `cuda`; `auto` is CUDA where there is one. Raises UserError, naming the field, where CUDA is missing."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{field}: cuda was asked for, but no CUDA device is there")
+    return wanted
+
+
 def start(device_type: str, timeout_minutes: float) -> torch.device:
     """Joins the process group torchrun's environment describes (none for one process); returns this rank's device.
 

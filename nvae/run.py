@@ -145,7 +145,8 @@ def dry_run(config: AnyRunConfig) -> str:
 
 def train(config: AnyRunConfig, runs: Path = Path("runs")) -> int:
     """Trains, or continues, the run of a config in runs/<name>. Returns the exit code: 0, or 75 when interrupted."""
-    device = distributed.start(_device_type(config.train.device), config.train.timeout_minutes)
+    kind = distributed.device_type(config.train.device, "train.device")
+    device = distributed.start(kind, config.train.timeout_minutes)
     folder = RunFolder(runs / config.name)
     folder.lock()
     try:
@@ -303,14 +304,6 @@ def _set_precision(config: TrainConfig) -> None:
     matmul: Literal["high", "highest"] = "high" if config.precision == "tf32" else "highest"
     torch.set_float32_matmul_precision(matmul)
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-
-
-def _device_type(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device: cuda was asked for, but no CUDA device is there")
-    return wanted
 
 
 def _greeting(config: AnyRunConfig, state: TrainingState, total_steps: int, device: torch.device) -> str:
