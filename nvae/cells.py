@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H W space.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -15,7 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from .convolutions import Conv2d
 from .distributed import all_mean, world_size
-from .layers import ACTIVATIONS, Activation, BatchNorm, DownSkip, SqueezeExcite, UpSkip, replaying
+from .layers import (
+    ACTIVATIONS,
+    Activation,
+    BatchNorm,
+    DownSkip,
+    SqueezeExcite,
+    Statistics,
+    UpSkip,
+    recording,
+    replaying,
+)
 
 Resampling = Literal["same", "down", "up"]
 
@@ -126,7 +136,7 @@ class RegularOp(nn.Module):
         mean = all_mean(response.mean((0, 2, 3)))
         var = all_mean(response.sub(mean[:, None, None]).square().mean((0, 2, 3)))
         count = response.numel() // response.shape[1] * world_size()
-        spread = 5 * (var * count / (count - 1)).sqrt() + 1e-5
+        spread = 5 * (var * count / max(count - 1, 1)).sqrt() + 1e-5
         self.convolution.bias.copy_(-mean / spread)
         self.convolution.log_gain.copy_(-spread.log().reshape(-1, 1, 1, 1))
 
@@ -190,8 +200,10 @@ class Cell(nn.Module):
         return cast(Tensor, self.skip(x) + 0.1 * self.squeeze_excite(residual))
 
     def _recomputation_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Around the forward pass and its repetition, which sees the batch statistics of the forward pass."""
         norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
-        return nullcontext(), replaying(norms)
+        statistics: list[Statistics] = []
+        return recording(norms, statistics), replaying(norms, statistics)
 
 
 def _ops(ops: tuple[Op, ...], channels: int, out_channels: int, resampling: Resampling) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .convolutions import Conv2d
 from .distributed import all_mean, world_size
@@ -26,6 +27,9 @@ ACTIVATION_GRADIENTS: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
     "swish": torch.ops.aten.silu_backward.default,
     "elu": lambda grad, u: torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, False, u),
 }
+
+Statistics = tuple[Tensor, Tensor]
+"""Mean and biased variance of a batch, (C,) each."""
 
 
 class BatchNorm(nn.Module):
@@ -49,7 +53,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
         self.recompute = False
-        self._statistics: tuple[Tensor, Tensor] | None = None
+        self._statistics: Statistics | None = None
         self._replaying = False
         self._alone = False
 
@@ -67,13 +71,14 @@ class BatchNorm(nn.Module):
         return y if self.recompute else ACTIVATIONS[self.activation](y)
 
     @torch.no_grad()
-    def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, x: Tensor) -> Statistics:
         """Mean and biased variance (C,) over B, H, W and ranks; advances the running statistics."""
         var, mean = torch.var_mean(x.float() if x.dtype.itemsize < 4 else x, dim=(0, 2, 3), correction=0)
         ranks, momentum = (1, 1.0) if self._alone else (world_size(), self.momentum)
         if ranks > 1:
             # One collective; float64 because var = E[x²] − E[x]² cancels.
-            moments = all_mean(torch.stack([mean, var + mean.square()]).double())
+            mean64, var64 = mean.double(), var.double()
+            moments = all_mean(torch.stack([mean64, var64 + mean64.square()]))
             moments[1] -= moments[0].square()
             mean, var = moments.to(mean.dtype).unbind()
         count = x.numel() // x.shape[1] * ranks
@@ -87,9 +92,17 @@ class BatchNorm(nn.Module):
 
 
 @contextmanager
-def replaying(modules: list[BatchNorm]) -> Iterator[None]:
-    """Within, batch norms use the statistics of their last pass: nothing advances, no collective is repeated."""
-    for module in modules:
+def recording(modules: list[BatchNorm], statistics: list[Statistics]) -> Iterator[None]:
+    """Leaves in `statistics` what each batch norm has measured within."""
+    yield
+    statistics.extend(module._statistics for module in modules if module._statistics is not None)
+
+
+@contextmanager
+def replaying(modules: list[BatchNorm], statistics: list[Statistics]) -> Iterator[None]:
+    """Within, batch norms use recorded `statistics`: nothing advances, no collective is repeated."""
+    for module, recorded in zip(modules, statistics, strict=True):
+        module._statistics = recorded
         module._replaying = True
     try:
         yield
@@ -122,6 +135,7 @@ class _BatchNorm(torch.autograd.Function):
         return ACTIVATIONS[activation](F.batch_norm(x, mean, var, weight, bias, eps=eps))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
         grad = grads[0]
