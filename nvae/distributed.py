@@ -72,7 +72,7 @@ class _AllMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return mean_over_ranks(grads[0])
+        return all_mean(grads[0])
 
 
 def all_mean(value: Tensor) -> Tensor:
@@ -130,10 +130,11 @@ def check_same_state(module: nn.Module) -> None:
     if not is_distributed():
         return
     sums = torch.stack([value.detach().double().sum() for value in module.state_dict().values()])
+    sums = sums.nan_to_num(torch.inf)  # the smallest of a number and nan is either
     low, high = sums.clone(), sums.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    same = (low == high) | (low.isnan() & high.isnan())
+    same = low == high
     if not bool(same.all()):
         names = list(module.state_dict())
         first = names[int((~same).nonzero()[0])]
