@@ -30,15 +30,19 @@ class SpectralPenalty(nn.Module):
         self.register_load_state_dict_post_hook(_forget_start)  # type: ignore[no-untyped-call]
 
     def forward(self, matrices: Mapping[str, Tensor]) -> Tensor:
-        """Σ σ_max over matrices (N, O, R), a scalar; the gradient for a matrix is u vᵀ. Advances the vectors."""
+        """Σ σ_max over matrices (N, O, R), a scalar; the gradient for a matrix is u vᵀ. Advances the vectors.
+
+        In float32 or more, whatever the autocast.
+        """
         iterations = self.iterations if self._has_started() else self.first_iterations
-        total = torch.zeros((), device=next(iter(matrices.values())).device)
-        for key, matrix in matrices.items():
-            u = self.get_buffer(f"u_{key}")
-            with torch.no_grad():
+        device = next(iter(matrices.values())).device
+        total = torch.zeros((), device=device)
+        with torch.autocast(device.type, enabled=False):
+            for key, matrix in matrices.items():
+                u = self.get_buffer(f"u_{key}")
                 v = _iterate(matrix, u, iterations)
-            # uᵀ W v with u and v held fixed: its derivative by W is u vᵀ.
-            total = total + torch.einsum("no,nor,nr->", u.clone(), matrix, v)
+                # uᵀ W v with u and v held fixed: its derivative by W is u vᵀ.
+                total = total + torch.einsum("no,nor,nr->", u.clone(), matrix, v)
         self._started = True
         return total
 
@@ -57,12 +61,12 @@ class SpectralPenalty(nn.Module):
             buffer.copy_(F.normalize(start, dim=1))
 
 
+@torch.no_grad()
 def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
-    """Power iterations u ← W v, v ← Wᵀ u, normalised; u (N, O) in place, returns v (N, R). In float32 or more."""
-    with torch.autocast(matrix.device.type, enabled=False):
-        for _ in range(iterations):
-            v = F.normalize(torch.einsum("nor,no->nr", matrix, u), dim=1)
-            u.copy_(F.normalize(torch.einsum("nor,nr->no", matrix, v), dim=1))
+    """Power iterations v ← Wᵀ u, u ← W v, normalised; u (N, O) in place, returns v (N, R)."""
+    for _ in range(iterations):
+        v = F.normalize(torch.einsum("nor,no->nr", matrix, u), dim=1)
+        u.copy_(F.normalize(torch.einsum("nor,nr->no", matrix, v), dim=1))
     return v
 
 
@@ -71,6 +75,8 @@ def _forget_start(module: nn.Module, incompatible: Any) -> None:
 
 
 def batch_norm_penalty(scales: Iterable[Tensor]) -> Tensor:
-    """Σ over batch norms of max|γ| (spec §5), a scalar. `scales`: each norm's γ (C,)."""
-    padded = nn.utils.rnn.pad_sequence([scale.abs() for scale in scales])  # (C_max, norms)
-    return padded.amax(0).sum()
+    """Σ over batch norms of max|γ| (spec §5), a scalar, 0 without any. `scales`: each norm's γ (C,)."""
+    magnitudes = [scale.abs() for scale in scales]
+    if not magnitudes:
+        return torch.zeros(())
+    return nn.utils.rnn.pad_sequence(magnitudes).amax(0).sum()  # over (C_max, norms), padded with zeros
