@@ -126,7 +126,7 @@ class EffectiveWeights:
         self._made_for = state
         for key, convolutions in self.convolutions.items():
             matrix = self.matrices[key] = self._stack(convolutions)
-            used = _for_autocast(matrix)
+            used = for_autocast(matrix)
             for convolution, weight in zip(convolutions, used.unbind(), strict=True):
                 convolution._effective = weight.reshape(convolution.weight.shape)
 
@@ -160,7 +160,7 @@ class EffectiveWeights:
         return {"convolutions": self.convolutions, "matrices": {}, "_made_for": None}
 
 
-def _for_autocast(matrix: Tensor) -> Tensor:
-    """Cast once for all convolutions of a shape, where autocast would cast each."""
-    kind = matrix.device.type
-    return matrix.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else matrix
+def for_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in autocast's type where autocast is on: cast once for all who use it, where each would cast it."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor

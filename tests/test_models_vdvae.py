@@ -130,7 +130,7 @@ def test_the_start_scales_what_adds_to_a_state_and_silences_priors() -> None:
 
 
 def test_priors_start_as_standard_normal(image: Tensor) -> None:
-    output = VDVAE(config())(image)
+    output = VDVAE(config()).eval()(image)
     assert all(torch.equal(p.mean, torch.zeros_like(p.mean)) for p in output.prior)
     assert all(torch.equal(p.sigma, torch.ones_like(p.sigma)) for p in output.prior)
 
@@ -176,7 +176,7 @@ def test_the_posterior_is_that_of_the_concatenated_activations(model: VDVAE) -> 
 
 
 def test_kl_and_densities_are_those_of_normal_distributions(model: VDVAE, image: Tensor) -> None:
-    output = model.double()(image.double(), [n.double() for n in noise(model, 2)])
+    output = model.double().eval()(image.double(), [n.double() for n in noise(model, 2)])
 
     def torch_normal(normal: Normal) -> TorchNormal:
         return TorchNormal(normal.mean, normal.sigma)
@@ -326,12 +326,17 @@ def test_a_model_without_moments_says_so(image: Tensor) -> None:
 
 def test_states_and_bound_stay_in_float32_under_autocast(model: VDVAE, image: Tensor) -> None:
     given = noise(model, 2)
+    states: list[Tensor] = []
+    for block in model.encoder:
+        block.register_forward_hook(lambda module, inputs, state: states.append(state))
+    model.head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(image, given)
-        assert model.encode(image).taps[1].dtype == torch.float32
+        taps = model.encode(image).taps
     loss, _ = model.loss(output, 0.0)
     exact, _ = model.loss(model(image, given), 0.0)
-    assert {output.kl.dtype, output.likelihood.params.dtype, loss.dtype} == {torch.float32}
+    assert {tensor.dtype for tensor in [*states, output.kl, output.likelihood.params, loss]} == {torch.float32}
+    assert {tap.dtype for tap in taps.values()} == {torch.bfloat16}
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
 
 

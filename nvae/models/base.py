@@ -72,7 +72,7 @@ class Output:
     z: list[Tensor]
     """The latents (B, L, h, w), top-down."""
     posterior: list[Normal] = field(default_factory=list)
-    """q(z | x) of each group, before its flow, top-down; empty where latents are not Normal."""
+    """q(z | x) of each group, before its flow, top-down; empty where latents are not Normal, and maybe in training."""
     prior: list[Normal] = field(default_factory=list)
     """p(z) of each group likewise."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import UserError
+from ..convolutions import for_autocast
 from ..latents import Normal, at_least_float32, kl_divergence
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
 from .base import Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
@@ -195,6 +196,11 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int = 1, *, sc
     return layer
 
 
+def activated(state: Tensor) -> Tensor:
+    """GELU of a state, in autocast's type where that is on; the state itself is a long sum and stays in float32."""
+    return F.gelu(for_autocast(state))
+
+
 class Block(nn.Module):
     """1×1 → GELU → 3×3 → GELU → 3×3 → GELU → 1×1, of an input after its own GELU; the 3×3s are 1×1s up to R = 2.
 
@@ -209,9 +215,9 @@ class Block(nn.Module):
         self.second = convolution(middle, middle, kernel_size)
         self.expand = convolution(middle, out_channels, scale=scale)
 
-    def forward(self, activated: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(B, in, R, R) -> (B, out, R, R)."""
-        return self.reduced(self.reduce(activated))
+        return self.reduced(self.reduce(hidden))
 
     def reduced(self, x: Tensor) -> Tensor:
         """What follows the first convolution: (B, middle, R, R) -> (B, out, R, R)."""
@@ -253,7 +259,7 @@ class EncoderBlock(Recomputable):
         return self.run(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.block(F.gelu(x))
+        x = x + self.block(activated(x))
         if self.pool > 1:
             x = F.avg_pool2d(x, self.pool)
         return F.pad(x, (0, 0, 0, 0, 0, self.growth)) if self.growth else x
@@ -302,14 +308,14 @@ class LatentBlock(Recomputable):
     ) -> Tensor:
         """The state (B, W, R, R) after a draw from the prior at a temperature, or after the given z."""
         x = self._joined(x, below)
-        p, x = self._prior(x, F.gelu(x), temperature)
+        p, x = self._prior(x, activated(x), temperature)
         return self._entered(x, p.draw(noise) if given is None else given)
 
     def _infer(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
         x = self._joined(x, below)
-        activated = F.gelu(x)
-        q = self._posterior(activated, tap)
-        p, x = self._prior(x, activated)
+        hidden = activated(x)
+        q = self._posterior(hidden, tap)
+        p, x = self._prior(x, hidden)
         z = q.draw(noise) if given is None else given
         log_q, log_p = q.log_prob(z).sum((1, 2, 3)), p.log_prob(z).sum((1, 2, 3))
         return Draw(self._entered(x, z), z, kl_divergence(q, p).sum((2, 3)), log_q, log_p, q, p)
@@ -321,15 +327,15 @@ class LatentBlock(Recomputable):
         factor = self.resolution // below.shape[-1]
         return x + F.interpolate(below[:, : self.width], scale_factor=factor, mode="nearest")
 
-    def _prior(self, x: Tensor, activated: Tensor, temperature: float = 1.0) -> tuple[Normal, Tensor]:
+    def _prior(self, x: Tensor, hidden: Tensor, temperature: float = 1.0) -> tuple[Normal, Tensor]:
         """p(z), and the state with what the prior's block adds to it."""
-        raw, h = torch.split(self.prior(activated), [2 * self.latent_channels, self.width], dim=1)
+        raw, h = torch.split(self.prior(hidden), [2 * self.latent_channels, self.width], dim=1)
         return Normal.from_log_sigma(raw, temperature), x + h
 
-    def _posterior(self, activated: Tensor, tap: Tensor) -> Normal:
+    def _posterior(self, hidden: Tensor, tap: Tensor) -> Normal:
         """q(z | x), from concat(state, tap): the first convolution is applied to each apart, to a tap once an image."""
         of_state, of_tap = torch.split(self.posterior.reduce.weight, self.width, dim=1)
-        x = F.conv2d(activated, of_state, self.posterior.reduce.bias)
+        x = F.conv2d(hidden, of_state, self.posterior.reduce.bias)
         x = torch.unflatten(x, 0, (-1, tap.shape[0]))
         x = (x + F.conv2d(tap, of_tap)).flatten(0, 1)
         return Normal.from_log_sigma(self.posterior.reduced(x))
@@ -337,7 +343,7 @@ class LatentBlock(Recomputable):
     def _entered(self, x: Tensor, z: Tensor) -> Tensor:
         """The state after z has entered it."""
         x = x + self.project(z)
-        return cast(Tensor, x + self.residual(F.gelu(x)))
+        return cast(Tensor, x + self.residual(activated(x)))
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -384,13 +390,12 @@ class VDVAE(Family[VDVAEConfig]):
         config = self.config
         if config.input_mean is None or config.input_std is None:
             raise UserError("model.input_mean, model.input_std: not measured; train a run, or give them in the config")
-        # The stream of states stays in float32 under autocast: up to a hundred blocks add to it.
         state = at_least_float32(self.stem((255 * x - config.input_mean) / config.input_std))
         last = {config.image_size: state}
         for block in self.encoder:
             state = block(state)
             last[state.shape[-1]] = state
-        taps = {resolution: F.gelu(last[resolution]) for resolution in self._resolutions()}
+        taps = {resolution: activated(last[resolution]) for resolution in self._resolutions()}
         return Features(quantise(x, config.likelihood.bits, config.likelihood.grid), taps)
 
     def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
@@ -411,8 +416,9 @@ class VDVAE(Family[VDVAEConfig]):
             log_q=torch.stack([draw.log_q for draw in draws]).sum(0),
             log_p=torch.stack([draw.log_p for draw in draws]).sum(0),
             z=[draw.z for draw in draws],
-            posterior=[draw.posterior for draw in draws],
-            prior=[draw.prior for draw in draws],
+            # In training they would only hold memory until the backward pass.
+            posterior=[] if self.training else [draw.posterior for draw in draws],
+            prior=[] if self.training else [draw.prior for draw in draws],
         )
 
     def sample(
