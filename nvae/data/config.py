@@ -66,7 +66,7 @@ class DataConfig(Config):
     """Fraction of a set without splits of its own that is kept for testing, chosen by a hash of the images' names."""
     lists: Path | None = None
     """Folder of train.txt, validation.txt and test.txt that name the images of each split, one a line, relative to
-    `path`. None: such files beside the images count, else sub-folders called train, validation and test."""
+    `path`. None: sub-folders of `path` called train, validation and test count, else such files in `path`."""
     padding: int = Field(0, ge=0)
     """Pixels of zeros added at each side; the likelihood does not count them (`model.likelihood.border`)."""
     binarize: bool = False

@@ -10,16 +10,18 @@ from io import BytesIO
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+
+from .images import CENTRE, Crop
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+"""What Pillow raises for damaged files."""
 
 
-class BadImage(Exception):  # noqa: N818 - a verdict on a file, reported with others
+class BadImage(Exception):  # noqa: N818 - a verdict on one file of many
     """An image that can't be used; its text is the reason, without the image's name."""
 
 
@@ -36,18 +38,18 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage(f"more than {limit:,} pixels, a decompression bomb?") from error
     except UnidentifiedImageError as error:
         raise BadImage("not a PNG, JPEG or WebP image") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise BadImage(f"damaged or truncated ({error})") from error
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """The image as "L" or "RGB": palettes resolved, transparency blended over white, 16-bit grey rounded to 8."""
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in WITH_ALPHA or "transparency" in image.info:
         rgba = image.convert("RGBA")
         blended = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return blended.convert("L") if image.mode in ("L", "LA", "La") else blended
+        return blended.convert("L") if image.mode in ("1", "L", "LA", "La") else blended
     if image.mode in ("L", "RGB"):
-        return image.copy()
+        return image
     if image.mode == "1":
         return image.convert("L")
     if image.mode == "P":
@@ -60,6 +62,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
+    """Grey values v of 16 bits as round(v / 257): 0 stays 0 and 65535 becomes 255."""
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise BadImage(f"grey values from {grey.min()} to {grey.max()}; 8 and 16 bits are read")
@@ -68,13 +71,13 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Shaping:
-    """How an image becomes (C, size, size): cut to `box`, shorter side resized to `size`, the square cut out."""
+    """How an image becomes a square: cut to `box`, shorter side resized to `size`, the square cut out."""
 
     size: int
     channels: Literal[1, 3]
     enlarge: bool = False
     box: tuple[int, int, int, int] | None = None
-    """(left, top, right, bottom) pixels of the image to keep."""
+    """(left, top, right, bottom) pixels of the image to keep, before anything else."""
 
     def rectangle(self, image: Image.Image) -> Image.Image:
         """The image with its shorter side `size` and the configured channels; raises BadImage if it is too small.
@@ -83,22 +86,27 @@ class Shaping:
         """
         if self.box is not None:
             if image.width < self.box[2] or image.height < self.box[3]:
-                raise BadImage(f"{image.width}×{image.height} pixels; the crop box {self.box} lies outside it")
+                raise BadImage(f"{image.width}×{image.height} pixels, but the crop box is {self.box}")
             image = image.crop(self.box)
         short = min(image.size)
         if short < self.size and not self.enlarge:
-            raise BadImage(
-                f"{image.width}×{image.height} pixels, smaller than size {self.size} (data.enlarge=true takes it)"
-            )
+            raise BadImage(f"{image.width}×{image.height} pixels, smaller than size {self.size} (see data.enlarge)")
         if short != self.size:
             width, height = (self.size * side // short for side in image.size)
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return image.convert("L" if self.channels == 1 else "RGB")
+        mode = "L" if self.channels == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
 
-    def square(self, rectangle: Image.Image, crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-        """The square (C, size, size) uint8 of a rectangle, `crop` (down, across) in [0, 1] of the room there is."""
+    def square(self, rectangle: Image.Image, crop: Crop = CENTRE) -> Image.Image:
+        """The square `size` × `size` that `crop` places in a rectangle."""
+        if rectangle.size == (self.size, self.size):
+            return rectangle
         top = round(crop[0] * (rectangle.height - self.size))
         left = round(crop[1] * (rectangle.width - self.size))
-        square = rectangle.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.array(square))
-        return pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+        return rectangle.crop((left, top, left + self.size, top + self.size))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of an "L" or "RGB" image, (C, H, W) uint8; a view of (H, W, C)."""
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

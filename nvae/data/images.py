@@ -1,13 +1,36 @@
 """What the loader reads: one split of a set, uint8 images of one shape, by position.
 
-Shapes: B images read at once, C channels, H W pixels.
+Shapes: N images of a split, B images read at once, C channels, H W pixels.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from ..config import UserError
+
+Crop = tuple[float, float]
+"""Where a square is cut out of an oblong image: (down, across) in [0, 1] of the room there is."""
+CENTRE: Crop = (0.5, 0.5)
+
+
+class BadImagesError(UserError):
+    """Images that can't be used; `problems` has a line "name: reason" for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        shown = "\n".join(f"  {line}" for line in self.problems[:10])
+        more = f"\n  and {len(self.problems) - 10} more" if len(self.problems) > 10 else ""
+        count = "an image" if len(self.problems) == 1 else f"{len(self.problems)} images"
+        super().__init__(
+            f"data: {count} can't be used (remove, or prepare the set with scripts/prepare_data.py, which lists and "
+            f"leaves out bad ones):\n{shown}{more}"
+        )
 
 
 class Images(ABC):
@@ -25,10 +48,10 @@ class Images(ABC):
         """Number of images."""
 
     @abstractmethod
-    def read(self, indices: Sequence[int], crops: Sequence[tuple[float, float]] | None = None) -> Tensor:
-        """The images at `indices`, (B, C, H, W) uint8. Raises UserError naming an image that can't be read.
+    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
+        """The images at `indices`, (B, C, H, W) uint8, their squares cut out at `crops` (None: the centre).
 
-        `crops`, B times (down, across) in [0, 1], place the square in an oblong image; none: the centre.
+        Raises BadImagesError naming every image of them that can't be read.
         """
 
     @property
@@ -50,5 +73,31 @@ class InMemory(Images):
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
-    def read(self, indices: Sequence[int], crops: Sequence[tuple[float, float]] | None = None) -> Tensor:
+    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
         return self.pixels[torch.as_tensor(indices, device=self.pixels.device)]
+
+
+def read_all(images: Images, progress: bool = False) -> InMemory:
+    """All images of a split, read by as many threads as there are processors.
+
+    Raises BadImagesError naming every image that can't be read. `progress` draws a bar when it takes long.
+    """
+    pixels = torch.empty((len(images), *images.shape), dtype=torch.uint8)
+    spans = [range(first, min(first + 64, len(images))) for first in range(0, len(images), 64)]
+
+    def read(span: range) -> list[str]:
+        try:
+            pixels[span.start : span.stop] = images.read(span)
+        except BadImagesError as error:
+            return error.problems
+        return []
+
+    bar = tqdm(total=len(images), desc="reading images", unit="image", delay=3, leave=False, disable=not progress)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        problems = read(spans[0])  # alone: it opens files that the threads then share
+        for span, found in zip(spans[1:], pool.map(read, spans[1:]), strict=True):
+            problems += found
+            bar.update(len(span))
+    if problems:
+        raise BadImagesError(problems)
+    return InMemory(pixels, images.levels)

@@ -67,8 +67,7 @@ class TrainingStream:
         """
         for pixels, request in _fetched(self.images, self._requests(start), self.config, self.device):
             if self.config.flip:
-                flip = keyed_uniform((len(pixels),), request.indices, self.seed, "flip", self.device) < 0.5
-                pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
+                pixels = _flipped(pixels, request.indices, self.seed)
             yield _finished(pixels, request.indices, self.images.levels, self.config, self.seed, "binarize")
 
     def position(self, draw: int) -> int:
@@ -116,13 +115,20 @@ def evaluation_batches(
         yield _finished(pixels, request.indices, images.levels, config, seed, f"evaluation/{draw}")
 
 
+def _flipped(pixels: Tensor, indices: list[int], seed: int) -> Tensor:
+    """Half of the images (B, C, H, W), chosen by (seed, index), mirrored from left to right in place."""
+    coins = keyed_uniform((len(indices),), indices, seed, "flip", "cpu")
+    rows = (coins < 0.5).nonzero().squeeze(1).to(pixels.device)
+    return pixels.index_copy_(0, rows, pixels.index_select(0, rows).flip(3))
+
+
 def _finished(pixels: Tensor, indices: list[int], levels: int, config: DataConfig, seed: int, stream: str) -> Batch:
     """Grey values in [0, 1] of uint8 pixels (B, C, H, W), binarised and padded as configured."""
     # Divided by a tensor: a division by a number becomes a product on a GPU, and differs in the last bit.
-    grey = pixels.to(torch.float32) / torch.tensor(float(levels), device=pixels.device)
+    grey = pixels.to(torch.float32).div_(torch.tensor(float(levels), device=pixels.device))
     if config.binarize:
         grey = (keyed_uniform(grey.shape, indices, seed, stream, grey.device) < grey).to(torch.float32)
-    return Batch(F.pad(grey, (config.padding,) * 4), indices)
+    return Batch(F.pad(grey, (config.padding,) * 4) if config.padding else grey, indices)
 
 
 # --------------------------------------------------------------------------------------------------------- fetching

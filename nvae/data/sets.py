@@ -1,18 +1,22 @@
-"""Every set by its name, and anyone's own images."""
+"""From a config to images: the set by its name, prepared or as it was downloaded, in memory or not."""
 
-from collections.abc import Callable
-from typing import Literal
+import pickle
+import warnings
+from pathlib import Path
 
 import numpy as np
-import torchvision
+import torch
 
+from .. import distributed
 from ..config import UserError
 from .config import DataConfig
 from .decoding import Shaping
-from .images import Images, InMemory
-from .sources import ArraySource, FolderSource, Part, Shaped, Source
-
-Split = Literal["train", "validation", "test"]
+from .images import Images, InMemory, read_all
+from .named import CELEBA_BOX, COUNTS, SETS
+from .own import READERS, own_images
+from .sources import Shaped, Source
+from .splits import SPLITS, Split
+from .store import Store, is_store, read_index
 
 
 def open_images(config: DataConfig, split: Split) -> Images:
@@ -21,50 +25,70 @@ def open_images(config: DataConfig, split: Split) -> Images:
     Every set has training images and others. A set with one other split shows it as `validation` and as `test`.
     Raises UserError naming the path and what to do.
     """
-    source = SETS[config.name](config, split)
-    shaping = Shaping(config.size, config.channels, config.enlarge)
-    if isinstance(source, ArraySource) and source.array.shape[1:3] == (config.size, config.size):
-        return InMemory(source.pixels(), source.levels)
-    images = Shaped(source, shaping, movable=config.crop == "random" and split == "train")
-    if images.size_mib <= config.memory and not images.movable:
-        return InMemory(images.read(range(len(images))), images.levels)
+    images = open_unread(config, split)
+    _count(config, split, len(images))
+    if images.movable or images.size_mib > config.memory:
+        return images
+    return _as_it_lies(images) or read_all(images, progress=distributed.rank() == 0)
+
+
+def open_unread(config: DataConfig, split: Split) -> Images:
+    """A split of the configured set, its images read when they are asked for. Raises UserError."""
+    try:
+        if is_store(config.source):
+            return Store(config.source, split, config)
+        source = open_source(config, split)
+    except OSError as error:
+        path = error.filename or config.source
+        raise UserError(f"data.path: {path} cannot be read: {error.strerror or error}") from error
+    images = Shaped(source, shaping(config), movable=config.crop == "random" and split == "train")
+    if source.whole and (images.movable or images.size_mib > config.memory):
+        raise UserError(
+            f"data.path: {config.source} is {images.size_mib:.0f} MiB, more than data.memory, and can't be read image "
+            "by image; prepare it with scripts/prepare_data.py, or raise data.memory"
+        )
     return images
 
 
-def digits(config: DataConfig, split: Split) -> Source:
-    """scikit-learn's 8×8 digits, grey values v/16: 1500 for training, 297 for testing."""
-    from sklearn.datasets import load_digits
-
-    order = np.random.RandomState(0).permutation(1797)
-    chosen = order[:1500] if split == "train" else order[1500:]
-    return ArraySource(load_digits().images[chosen].astype(np.uint8), "digits", levels=16)
-
-
-def mnist(config: DataConfig, split: Split) -> Source:
-    """MNIST, 60 000 for training, 10 000 for testing, from torchvision."""
-    try:
-        dataset = torchvision.datasets.MNIST(config.source, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{config.source}: MNIST is not there and can't be downloaded: {error}") from error
-    return ArraySource(dataset.data.numpy(), "mnist")
+def own_splits(config: DataConfig) -> list[Split]:
+    """The splits that the configured set has itself: not `validation` where that is the test split standing in."""
+    if is_store(config.source):
+        return [split for split in SPLITS if split in read_index(config.source).splits]
+    validation, test = (open_source(config, split) for split in ("validation", "test"))
+    return [split for split in SPLITS if split != "validation" or pickle.dumps(validation) != pickle.dumps(test)]
 
 
-def images(config: DataConfig, split: Split) -> Source:
-    """A folder of images or an array, split by a hold-out."""
+def open_source(config: DataConfig, split: Split) -> Source:
+    """The images of a split as they lie, unshaped."""
     path = config.source
-    if path.is_dir():
-        source: Source = FolderSource.of(path)
-    elif path.suffix == ".npy":
-        source = ArraySource(np.load(path), str(path))
-    elif path.suffix == ".npz":
-        return ArraySource(np.load(path)[split if split == "train" else "test"], str(path))
-    else:
-        raise UserError(f"data.path: {path} is neither a folder, a .npy nor a .npz file")
-    if not len(source):
-        raise UserError(f"data.path: {path} has no images (looked for png, jpg, webp)")
-    held = max(1, round(config.holdout * len(source)))
-    order = np.random.RandomState(0).permutation(len(source))
-    return Part(source, np.sort(order[held:] if split == "train" else order[:held]))
+    is_own = path.is_file() and path.suffix in READERS
+    return (own_images if is_own else SETS[config.name])(path, config, split)
 
 
-SETS: dict[str, Callable[[DataConfig, Split], Source]] = {"digits": digits, "mnist": mnist, "images": images}
+def shaping(config: DataConfig) -> Shaping:
+    """How the configured set's images become squares."""
+    box = CELEBA_BOX if config.name == "celeba_64" else None
+    return Shaping(config.size, config.channels, config.enlarge, box)
+
+
+def _as_it_lies(images: Images) -> InMemory | None:
+    """Images that are an array of the right size already, without shaping them one by one."""
+    array = images.source.stacked() if isinstance(images, Shaped) else None
+    if array is None:
+        return None
+    planes = array[:, None] if array.ndim == 3 else np.moveaxis(array, -1, 1)
+    if planes.shape[1:] != images.shape:
+        return None
+    return InMemory(torch.from_numpy(np.array(planes, order="C")), images.levels)
+
+
+def _count(config: DataConfig, split: Split, found: int) -> None:
+    """Warns where a named set is not all there: figures on a part are not figures on the set."""
+    counts = COUNTS.get(config.name, {})
+    expected = counts.get(split) or counts.get("test" if split == "validation" else split)
+    if expected and found not in expected and distributed.rank() == 0:
+        warnings.warn(
+            f"{config.name}: {Path(config.source)} has {found} {split} images, the set has {expected[0]}; figures on "
+            "a part of it are not comparable",
+            stacklevel=3,
+        )

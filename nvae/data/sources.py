@@ -1,26 +1,36 @@
-"""Where images lie before they are shaped: files of a folder, members of a zip, rows of an array.
+"""Where images lie before they are shaped: files of a folder, members of a zip, entries of an LMDB.
 
-Shapes: N images, C channels, H W pixels.
+Sources are picklable and cheap to send: what they open, they open where they are used. Arrays are in arrays.py.
 """
 
+import math
+import os
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any, Self
 
+import lmdb
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..config import UserError
-from .decoding import SUFFIXES, BadImage, Shaping, decode
-from .images import Images
+from .decoding import SUFFIXES, BadImage, Shaping, decode, pixels
+from .images import CENTRE, BadImagesError, Crop, Images
+
+Positions = Sequence[int] | np.ndarray
 
 
 class Source(ABC):
-    """Images of any size, by position. Picklable: it opens its files where it is used."""
+    """Images of any size, by position."""
 
     levels: int = 255
+    """A pixel's grey value in [0, 1] is its uint8 value over `levels`."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -28,34 +38,27 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What messages and lists call the image at `index`."""
+        """What messages, lists and the hold-out call the image at `index`; the same wherever the set lies."""
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
         """The image at `index`, "L" or "RGB". Raises BadImage."""
 
+    @abstractmethod
+    def take(self, positions: Positions) -> Self:
+        """A source of the images at `positions` (ascending) alone."""
 
-class ArraySource(Source):
-    """A uint8 array (N, H, W) or (N, H, W, C)."""
+    def stacked(self) -> np.ndarray | None:
+        """All images as one uint8 array, (N, H, W) or (N, H, W, 3), where they lie so; else None."""
+        return None
 
-    def __init__(self, array: np.ndarray, path: str, levels: int = 255) -> None:
-        self.array = array
-        self.path = path
-        self.levels = levels
+    @property
+    def whole(self) -> bool:
+        """True where one image can't be read without reading them all."""
+        return False
 
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def name(self, index: int) -> str:
-        return f"{self.path}[{index}]"
-
-    def load(self, index: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self.array[index]))
-
-    def pixels(self) -> Tensor:
-        """All images, (N, C, H, W)."""
-        array = self.array[:, None] if self.array.ndim == 3 else np.moveaxis(self.array, -1, 1)
-        return torch.from_numpy(np.ascontiguousarray(array))
+    def release(self) -> None:  # noqa: B027 - most keep nothing
+        """Forgets what was read; it is read again when needed."""
 
 
 class FolderSource(Source):
@@ -64,12 +67,6 @@ class FolderSource(Source):
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root = root
         self.names = list(names)
-
-    @classmethod
-    def of(cls, root: Path) -> "FolderSource":
-        """All PNG, JPEG and WebP files under `root`, at any depth, sorted by name."""
-        found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        return cls(root, sorted(path.relative_to(root).as_posix() for path in found))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -84,23 +81,151 @@ class FolderSource(Source):
             raise BadImage(f"cannot be read: {error.strerror}") from error
         return decode(data)
 
+    def take(self, positions: Positions) -> Self:
+        return type(self)(self.root, [self.names[i] for i in positions])
 
-class Part(Source):
-    """Some images of another source, in the order of `positions`."""
 
-    def __init__(self, whole: Source, positions: "np.ndarray | Sequence[int]") -> None:
-        self.whole = whole
-        self.positions = np.asarray(positions, dtype=np.int64)
-        self.levels = whole.levels
+def image_files(root: Path) -> list[str]:
+    """Names, relative to `root` and sorted, of the image files under it at any depth; hidden ones do not count.
+
+    Raises OSError at a folder that can't be read: leaving it out would go unnoticed.
+    """
+    names: list[str] = []
+    seen = set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, below, files in os.walk(root, followlinks=True, onerror=fail):
+        here = Path(folder).resolve()
+        if here in seen:  # reached before, through a link
+            below.clear()
+            continue
+        seen.add(here)
+        names += [(Path(folder) / file).relative_to(root).as_posix() for file in files]
+    return sorted(filter(is_image_name, names))
+
+
+def is_image_name(name: str) -> bool:
+    """True for the name of a PNG, JPEG or WebP file outside hidden folders and __MACOSX."""
+    parts = name.split("/")
+    return name.lower().endswith(SUFFIXES) and not any(p.startswith(".") or p == "__MACOSX" for p in parts)
+
+
+class ZipSource(Source):
+    """Image files in a zip."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path = path
+        self.names = list(names)
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.names)
 
     def name(self, index: int) -> str:
-        return self.whole.name(int(self.positions[index]))
+        return self.names[index]
 
     def load(self, index: int) -> Image.Image:
-        return self.whole.load(int(self.positions[index]))
+        try:
+            data = self._file.read(self.names[index])
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+            raise BadImage(f"cannot be read from {self.path.name}: {error}") from error
+        except KeyError as error:
+            raise BadImage(f"is not in {self.path.name}") from error
+        return decode(data)
+
+    def take(self, positions: Positions) -> Self:
+        return type(self)(self.path, [self.names[i] for i in positions])
+
+    @cached_property
+    def _file(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "names": self.names}
+
+
+def zipped_images(path: Path) -> list[str]:
+    """Names of the image files in a zip, sorted. Raises UserError when it is none, or damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return sorted(filter(is_image_name, file.namelist()))
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise UserError(f"data.path: {path} is damaged, or not a zip: {error}") from error
+
+
+class LmdbSource(Source):
+    """Entries of an LMDB: image files (LSUN; CelebA 64 of the published code), or raw RGB squares (its other sets).
+
+    The published code's keys are the decimal positions as ASCII, and the length is the number of entries (spec §8);
+    any other keys are taken in their own order.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[bytes], side: int | None) -> None:
+        self.path = path
+        self.keys = keys
+        self.side = side
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """All entries of an LMDB. Raises UserError when it is none, or empty."""
+        try:
+            with _environment(path.resolve()).begin() as transaction:
+                count = transaction.stat()["entries"]
+                keys: Sequence[bytes] = [b"%d" % i for i in range(count)]
+                if count and transaction.get(b"0") is None:
+                    keys = list(transaction.cursor().iternext(values=False))
+                sample = [transaction.get(keys[i * (count - 1) // 15]) for i in range(16)] if count else []
+        except lmdb.Error as error:
+            raise UserError(f"data.path: {path} is damaged: {error}") from error
+        if not count:
+            raise UserError(f"data.path: {path} is an LMDB without entries")
+        return cls(path, keys, _raw_side([value for value in sample if value is not None]))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def name(self, index: int) -> str:
+        return f"{self.path.name}/{self.keys[index].decode(errors='replace')}"
+
+    def load(self, index: int) -> Image.Image:
+        try:
+            with _environment(self.path.resolve()).begin() as transaction:
+                data = transaction.get(self.keys[index])
+        except lmdb.Error as error:
+            raise BadImage(f"cannot be read: {error}") from error
+        if data is None:
+            raise BadImage("no such key in the LMDB")
+        if self.side is None:
+            return decode(data)
+        if len(data) != 3 * self.side**2:
+            raise BadImage(f"{len(data)} bytes; other entries are raw RGB of {self.side}×{self.side} pixels")
+        return Image.frombytes("RGB", (self.side, self.side), data)
+
+    def take(self, positions: Positions) -> Self:
+        return type(self)(self.path, [self.keys[i] for i in positions], self.side)
+
+
+@cache
+def _environment(path: Path) -> Any:
+    """The open LMDB at a path: the library allows one in a process."""
+    try:
+        return lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise UserError(f"data.path: {path} cannot be opened as an LMDB: {error}") from error
+
+
+def _raw_side(sample: Sequence[bytes]) -> int | None:
+    """The side of raw RGB squares if all values are that, None if they are image files.
+
+    Both are told apart by their lengths: files differ in length, squares do not.
+    """
+    lengths = {len(value) for value in sample}
+    if len(lengths) != 1:
+        return None
+    side = math.isqrt(lengths.pop() // 3)
+    is_file = all(value.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")) for value in sample)
+    return side if len(sample[0]) == 3 * side**2 and not is_file else None
 
 
 class Shaped(Images):
@@ -116,12 +241,14 @@ class Shaped(Images):
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, indices: Sequence[int], crops: Sequence[tuple[float, float]] | None = None) -> Tensor:
-        places = crops or [(0.5, 0.5)] * len(indices)
-        out = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
-        for row, index, place in zip(out, indices, places, strict=True):
+    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
+        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        problems = []
+        for row, index, crop in zip(out, indices, crops or [CENTRE] * len(indices), strict=True):
             try:
-                row.copy_(self.shaping.square(self.shaping.rectangle(self.source.load(index)), place))
+                row[...] = pixels(self.shaping.square(self.shaping.rectangle(self.source.load(index)), crop))
             except BadImage as error:
-                raise UserError(f"{self.source.name(index)}: {error}") from error
-        return out
+                problems.append(f"{self.source.name(index)}: {error}")
+        if problems:
+            raise BadImagesError(problems)
+        return torch.from_numpy(out)

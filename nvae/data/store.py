@@ -1,0 +1,263 @@
+"""The prepared store: a folder of shards and a `store.json` that is written last, so that half a store is none.
+
+    store.json                  format, version, settings; of every split its shards, their lengths and checksums, and
+                                the images that were left out, with reasons
+    train-00000.safetensors     data (bytes,) uint8: the images one after another, lossless WebP or raw;
+                                ends (n,) int64: where each ends; sizes (n, 2): height, width; crc (n,): its CRC-32
+
+Images are shaped already: shorter side `size`, and square unless the crop is random.
+
+Shapes: n images of a shard, C channels, H W pixels.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..checkpoint import atomic_file
+from ..config import Config, UserError
+from .config import DataConfig
+from .decoding import DAMAGE, BadImage, Shaping, pixels
+from .images import CENTRE, BadImagesError, Crop, Images
+from .splits import Split, choose
+
+FORMAT = "nvae-images"
+VERSION = 1
+INDEX = "store.json"
+Encoding = Literal["webp", "raw"]
+
+
+class Settings(Config):
+    """What decides the pixels of a store; a config that reads it must agree."""
+
+    name: str
+    size: int
+    channels: Literal[1, 3]
+    crop: Literal["centre", "random"]
+    enlarge: bool
+    holdout: float
+    lists: str | None
+    source: str
+    encoding: Encoding
+
+
+class Shard(Config):
+    """A file of images."""
+
+    file: str
+    images: int
+    checksum: str
+    """BLAKE2b of the file."""
+
+
+class Contents(Config):
+    """A split."""
+
+    shards: tuple[Shard, ...]
+    skipped: tuple[tuple[str, str], ...]
+    """(name, reason) of the images that were left out."""
+
+    @property
+    def images(self) -> int:
+        return sum(shard.images for shard in self.shards)
+
+
+class Index(Config):
+    """`store.json`."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    settings: Settings
+    levels: int
+    splits: dict[Split, Contents]
+
+    def lines(self) -> list[str]:
+        """For people: how many images each split has, and which were left out, and why."""
+        lines = []
+        for split, contents in self.splits.items():
+            lines.append(f"{split}: {contents.images:,} images, {len(contents.skipped)} left out")
+            lines += [f"  {name}: {reason}" for name, reason in contents.skipped]
+        return lines
+
+
+# ------------------------------------------------------------------------------------------------------------ shards
+
+
+@dataclass
+class Record:
+    """An image as a shard holds it."""
+
+    data: bytes
+    size: tuple[int, int]
+    """Height and width."""
+
+
+def encode(image: Image.Image, encoding: Encoding) -> Record:
+    """The record of an "L" or "RGB" image, without loss."""
+    if encoding == "raw":
+        return Record(image.tobytes(), (image.height, image.width))
+    buffer = BytesIO()
+    image.save(buffer, "WEBP", lossless=True, method=0, quality=50)
+    return Record(buffer.getvalue(), (image.height, image.width))
+
+
+def write_shard(path: Path, records: Sequence[Record], metadata: dict[str, str]) -> None:
+    """Writes a shard whole or not at all; raises OSError where it can't."""
+    content = {
+        "data": torch.frombuffer(bytearray(b"".join(record.data for record in records) or b"\0"), dtype=torch.uint8),
+        "ends": torch.tensor(np.cumsum([len(record.data) for record in records]), dtype=torch.int64),
+        "sizes": torch.tensor([record.size for record in records], dtype=torch.int32).reshape(-1, 2),
+        "crc": torch.tensor([zlib.crc32(record.data) for record in records], dtype=torch.int64),
+    }
+    with atomic_file(path) as file:
+        file.write(save(content, metadata=metadata))
+
+
+class ShardFile:
+    """An open shard."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError where it is missing, truncated or something else."""
+        self.path = path
+        try:
+            self._file = cast(Any, safe_open(path, framework="np"))
+            self.metadata: dict[str, str] = self._file.metadata()
+            self._data = self._file.get_slice("data")
+            self._ends = np.concatenate([[0], self._file.get_tensor("ends")])
+            self._sizes = self._file.get_tensor("sizes")
+            self._crc = self._file.get_tensor("crc")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: missing, damaged or truncated; prepare the set again ({error})") from error
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def image(self, index: int, channels: int, encoding: Encoding) -> Image.Image:
+        """The image at `index`. Raises BadImage where it is damaged."""
+        data = self._data[int(self._ends[index]) : int(self._ends[index + 1])].tobytes()
+        if zlib.crc32(data) != self._crc[index]:
+            raise BadImage("damaged: its checksum differs")
+        height, width = (int(side) for side in self._sizes[index])
+        mode = "L" if channels == 1 else "RGB"
+        if encoding == "raw":
+            return Image.frombytes(mode, (width, height), data)
+        try:
+            image = Image.open(BytesIO(data), formats=("WEBP",))
+            image.load()
+            return image if mode == "RGB" else image.getchannel(0)
+        except DAMAGE as error:
+            raise BadImage(f"damaged: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- store
+
+
+def is_store(path: Path) -> bool:
+    """True for the folder of a finished store. Raises UserError for one whose preparation was not finished."""
+    if (path / INDEX).is_file():
+        return True
+    if path.is_dir() and any(path.glob("*-[0-9][0-9][0-9][0-9][0-9].safetensors")):
+        raise UserError(f"data.path: {path} is a store whose preparation did not finish; run prepare_data.py again")
+    return False
+
+
+def read_index(path: Path) -> Index:
+    """The index of a store. Raises UserError where it is damaged or of another version."""
+    file = path / INDEX
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+            raise UserError(
+                f"{file}: is of format {content.get('format')} {content.get('version')}, read is {FORMAT} {VERSION}"
+            )
+        return Index.model_validate(content)
+    except (OSError, ValidationError, json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged, prepare the set again") from error
+
+
+def write_index(path: Path, index: Index) -> None:
+    with atomic_file(path / INDEX) as file:
+        file.write(index.model_dump_json(indent=1).encode())
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+class Store(Images):
+    """A split of a prepared store."""
+
+    def __init__(self, path: Path, split: Split, config: DataConfig) -> None:
+        """Raises UserError where the store does not hold what the config asks for."""
+        index = read_index(path)
+        _agree(path, index.settings, config)
+        contents = choose(index.splits, split, path)
+        self.path = path
+        self.settings = index.settings
+        self.levels = index.levels
+        self.movable = config.crop == "random" and split == "train"
+        self.shape = (config.channels, config.size, config.size)
+        self.shaping = Shaping(config.size, config.channels)
+        self.files = [shard.file for shard in contents.shards]
+        self.ends = np.cumsum([shard.images for shard in contents.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
+        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
+        problems = []
+        for row, index, crop in zip(out, indices, crops or [CENTRE] * len(indices), strict=True):
+            number = int(np.searchsorted(self.ends, index, side="right"))
+            place = index - (int(self.ends[number - 1]) if number else 0)
+            try:
+                image = self._shard(number).image(place, self.shape[0], self.settings.encoding)
+                row[...] = pixels(self.shaping.square(image, crop))
+            except BadImage as error:
+                problems.append(f"{self.path / self.files[number]}[{place}]: {error}")
+        if problems:
+            raise BadImagesError(problems)
+        return torch.from_numpy(out)
+
+    def _shard(self, number: int) -> ShardFile:
+        if number not in self._open:
+            self._open[number] = ShardFile(self.path / self.files[number])
+        return self._open[number]
+
+    @cached_property
+    def _open(self) -> dict[int, ShardFile]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+
+def _agree(path: Path, settings: Settings, config: DataConfig) -> None:
+    """Raises UserError naming the first thing in which a store and a config differ."""
+    asked: dict[str, object] = {"size": config.size, "channels": config.channels}
+    if config.name != "images":
+        asked["name"] = config.name
+    if config.crop == "random":
+        asked["crop"] = config.crop
+    for field, value in asked.items():
+        held = getattr(settings, field)
+        if held != value:
+            raise UserError(
+                f"data.{field}: is {value}, but the store {path} was prepared with {held}; change it, or prepare again"
+            )
