@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W space, G latent groups (top-down), S scales, L 
 between the image and its latents.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..cells import ARCHITECTURES, Cell, Op, RegularOp
-from ..config import nearest
+from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
+from ..config import UserError, nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
-from ..latents import Normal, kl_divergence
+from ..latents import Normal, at_least_float32, kl_divergence
 from ..layers import BatchNorm
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
 from ..objective import (
@@ -81,7 +82,19 @@ class NVAEConfig(ModelConfig):
                 f"image_size: {self.image_size} pixels can be halved {possible} times; halvings={self.halvings} and "
                 f"scales={self.scales} need {halvings} (a multiple of {2**halvings} pixels)"
             )
+        self._require_whole_groups("encoder_channels", ARCHITECTURES[self.architecture].preprocess)
+        self._require_whole_groups("decoder_channels", ARCHITECTURES[self.architecture].postprocess)
         return self
+
+    def _require_whole_groups(self, field: str, ops: tuple[Op, ...]) -> None:
+        """Raises ValueError where the groups of a convolution do not divide the channels at the image's resolution."""
+        for op in ops if self.halvings else ():
+            channels: int = getattr(self, field)
+            if isinstance(op, Separable) and op.groups and op.expansion * channels % op.groups:
+                raise ValueError(
+                    f"{field}: {self.architecture} convolves in {op.groups} groups, so a multiple of "
+                    f"{op.groups // math.gcd(op.groups, op.expansion)} is needed, found {channels}"
+                )
 
     @property
     def groups_per_scale(self) -> list[int]:
@@ -140,13 +153,13 @@ class LatentGroup(nn.Module):
 
     def prior_raw(self, state: Tensor) -> Tensor | None:
         """Raw prior parameters (B, 2L, h, w) from the decoder state; None, that is zeros, for the first group."""
-        return None if self.is_first else self.prior(F.elu(state)).float()
+        return None if self.is_first else at_least_float32(self.prior(F.elu(state)))
 
     def posterior_raw(self, tap: Tensor, state: Tensor, prior_raw: Tensor | None) -> Tensor:
         """Raw posterior parameters (B, 2L, h, w); residual ones add to the prior's before the soft clamp (spec §3)."""
         if prior_raw is None:
-            return cast(Tensor, self.posterior(tap).float())
-        raw: Tensor = self.posterior(tap + self.merge(state)).float()
+            return at_least_float32(self.posterior(tap))
+        raw = at_least_float32(self.posterior(tap + self.merge(state)))
         return prior_raw + raw if self.residual_posterior else raw
 
     def through_flow(self, z: Tensor) -> Tensor:
@@ -163,7 +176,8 @@ class LatentGroup(nn.Module):
 
     def combined(self, state: Tensor, z: Tensor) -> Tensor:
         """The decoder state (B, C, h, w) after z has entered it."""
-        return cast(Tensor, self.combine(z if self.is_vanilla else torch.cat([state, z.to(state.dtype)], dim=1)))
+        z = z.to(state.dtype)
+        return cast(Tensor, self.combine(z if self.is_vanilla else torch.cat([state, z], dim=1)))
 
 
 class NVAE(Family[NVAEConfig]):
@@ -245,6 +259,7 @@ class NVAE(Family[NVAEConfig]):
         self.weights.refresh()
         scale = temperatures(temperature, len(self.groups))
         noise = self._noise(n, noise)
+        self._check_shapes("latents", latents or (), n)
         state = self._first_state(n)
         for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
             state = self._entering(g, state)
@@ -292,6 +307,7 @@ class NVAE(Family[NVAEConfig]):
     def mark_loaded(self) -> None:
         """Loaded weights count as started from data."""
         self.started.fill_(True)
+        self._known_started = True
 
     # ------------------------------------------------------------------------------------------- starting from data
 
@@ -301,11 +317,12 @@ class NVAE(Family[NVAEConfig]):
 
     @torch.no_grad()
     def _start_from(self, x: Tensor, noise: Noise | None) -> None:
-        """One pass in which each op without batch norm sets its start from the input it gets."""
+        """One pass in which each op without batch norm sets its start from the input it gets, without autocast."""
         ops = [m for m in self.modules() if isinstance(m, RegularOp) and m.norm is None]
         hooks = [op.register_forward_pre_hook(lambda op, inputs: op.start_from(*inputs)) for op in ops]
         self.weights.clear()
-        self._top_down(self._bottom_up(x), noise)
+        with torch.autocast(x.device.type, enabled=False):
+            self._top_down(self._bottom_up(x), noise)
         for hook in hooks:
             hook.remove()
         self.started.fill_(True)
@@ -313,7 +330,8 @@ class NVAE(Family[NVAEConfig]):
     # --------------------------------------------------------------------------------------------------- bottom-up
 
     def _bottom_up(self, x: Tensor) -> Features:
-        target = quantise(x, self.config.likelihood.bits)
+        likelihood = self.config.likelihood
+        target = quantise(x, likelihood.bits, likelihood.grid)
         state = self.preprocess(self.stem(2 * target - 1))
         taps: list[Tensor] = []
         for g in reversed(range(len(self.groups))):
@@ -331,6 +349,7 @@ class NVAE(Family[NVAEConfig]):
         """Algorithm of spec §2 and §3: at each group the prior, the posterior, a draw, and on with the state."""
         batch = features.target.shape[0]
         noise = self._noise(batch, noise)
+        self._check_shapes("latents", given, batch)
         state = self._first_state(batch)
         channel_kl: list[Tensor] = []
         zs: list[Tensor] = []
@@ -382,8 +401,19 @@ class NVAE(Family[NVAEConfig]):
 
     def _noise(self, batch: int, noise: Noise | None) -> Noise:
         if noise is not None:
+            if len(noise) != len(self.groups):
+                raise UserError(f"noise: {len(noise)} tensors for {len(self.groups)} latent groups")
+            self._check_shapes("noise", noise, batch)
             return noise
         return [torch.randn(shape, device=self.first_state.device) for shape in self.latent_shapes(batch)]
+
+    def _check_shapes(self, name: str, tensors: Sequence[Tensor], batch: int) -> None:
+        """Raises UserError for tensors of other shapes than the groups'; broadcasting would hide the mistake."""
+        if len(tensors) > len(self.groups):
+            raise UserError(f"{name}: {len(tensors)} tensors for {len(self.groups)} latent groups")
+        for g, (tensor, shape) in enumerate(zip(tensors, self.latent_shapes(batch), strict=False)):
+            if tensor.shape != shape:
+                raise UserError(f"{name}: group {g} takes {shape}, found {tuple(tensor.shape)}")
 
     # --------------------------------------------------------------------------------------------------- objective
 

@@ -1,0 +1,70 @@
+"""Counting a step's memory: against sizes known by hand, and the same on real tensors as on fake ones."""
+
+import torch
+from torch import nn
+
+from nvae.config import validate
+from nvae.memory import LiveBytes, step_memory
+from nvae.models.vdvae import VDVAE, VDVAEConfig
+
+MODEL = validate(
+    VDVAEConfig,
+    {
+        "image_size": 16,
+        "width": 16,
+        "latent_channels": 4,
+        "encoder": "16x3,16d4,4x1",
+        "decoder": "4x2,16m4,16x3",
+        "input_mean": 120,
+        "input_std": 64,
+    },
+    "test",
+)
+
+
+def test_storage_counts_once_while_a_tensor_uses_it_and_weights_never() -> None:
+    layer = nn.Linear(4, 4)
+    with LiveBytes(apart=layer) as count:
+        a = torch.zeros(10)
+        b = a[2:4]
+        view = layer.weight[0]
+        assert count.live == 40
+        del a
+        assert count.live == 40
+        del b
+        assert count.live == 0
+        assert count.peak == 40
+    assert view.shape == (4,)
+
+
+def test_a_linear_layer_and_gelu_keep_their_inputs() -> None:
+    layer = nn.Linear(8, 8)
+    x = torch.zeros(4, 8)
+    with LiveBytes(apart=layer) as count:
+        loss = nn.functional.gelu(layer(x)).sum()
+        assert count.live == 4 * (4 * 8 + 1)  # GELU's input and the sum; x was made outside
+        loss.backward()
+    assert count.live == 4 * (8 * 8 + 8 + 1)  # gradients and the sum
+
+
+def test_fake_tensors_count_as_real_ones() -> None:
+    model = VDVAE(MODEL)
+    images, noise = torch.zeros(2, 3, 16, 16), [torch.zeros(shape) for shape in model.latent_shapes(2)]
+    with LiveBytes(apart=model) as count:
+        output = model(images, noise)
+        loss, metrics = model.loss(output, 1.0)
+        kept = count.live
+    assert loss.requires_grad and metrics
+    assert step_memory(MODEL, batch=2).kept == kept
+
+
+def test_recomputation_and_mixed_precision_keep_less() -> None:
+    everything = step_memory(MODEL, batch=4)
+    assert step_memory(MODEL, batch=4, recompute="cells").kept < 0.5 * everything.kept
+    assert step_memory(MODEL, batch=4, precision=torch.bfloat16).kept < 0.8 * everything.kept
+
+
+def test_memory_grows_in_proportion_to_the_batch() -> None:
+    one, two, three = (step_memory(MODEL, batch).kept for batch in (1, 2, 3))
+    assert three - two == two - one
+    assert two < 2.02 * one
