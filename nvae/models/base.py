@@ -3,6 +3,7 @@
 Shapes: B batch, C image channels, H W space, G latent groups (top-down), L latent channels, h w space of a group.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -175,10 +176,11 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
 
 
 def temperatures(temperature: Temperature, groups: int) -> list[float]:
-    """One temperature per group. Raises UserError for another number of them, or for a negative one."""
+    """One temperature per group. Raises UserError for another number of them, or for one that is negative or none."""
     values = [float(temperature)] * groups if isinstance(temperature, (int, float)) else [float(t) for t in temperature]
     if len(values) != groups:
         raise UserError(f"temperature: {len(values)} values for {groups} latent groups; give one, or one per group")
-    if min(values) < 0:
-        raise UserError(f"temperature: must be 0 or more, found {min(values)}")
+    for value in values:
+        if not 0 <= value < math.inf:
+            raise UserError(f"temperature: must be 0 or more, found {value}")
     return values
