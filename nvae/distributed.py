@@ -6,6 +6,7 @@ which gradients flow, and the only one bricks may use.
 
 import datetime
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -42,11 +43,17 @@ def device_type(wanted: str, field: str) -> str:
 def start(device_type: str, timeout_minutes: float) -> torch.device:
     """Joins the process group torchrun's environment describes (none for one process); returns this rank's device.
 
-    A collective that waits longer than `timeout_minutes` ends the process instead of hanging.
+    A collective that waits longer than `timeout_minutes` ends the process instead of hanging. Raises UserError where
+    there are more processes than GPUs.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device(device_type)
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices: "
+                "--nproc-per-node is at most their number"
+            )
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group(
@@ -127,15 +134,24 @@ def barrier() -> None:
 
 def check_same_state(module: nn.Module) -> None:
     """Raises UserError when ranks hold different parameters or buffers, naming the first that differs."""
+    check_same(module.state_dict(), next(module.parameters()).device)
+
+
+def check_same(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Raises UserError on every rank when ranks hold different tensors, naming the first that differs.
+
+    Sums are compared, on the ranks' own `device`.
+    """
     if not is_distributed():
         return
-    sums = torch.stack([value.detach().double().sum() for value in module.state_dict().values()])
+    sums = torch.stack([tensor.detach().double().sum().to(device) for tensor in tensors.values()])
     sums = sums.nan_to_num(torch.inf)  # the smallest of a number and nan is either
+    if len(set(gather_objects(len(sums)))) > 1:
+        raise UserError("ranks hold different states: do all machines see the same run folder, code and config?")
     low, high = sums.clone(), sums.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     same = low == high
     if not bool(same.all()):
-        names = list(module.state_dict())
-        first = names[int((~same).nonzero()[0])]
+        first = list(tensors)[int((~same).nonzero()[0])]
         raise UserError(f"ranks hold different weights, first at '{first}': restart from the last checkpoint")

@@ -1,45 +1,54 @@
 """A run's folder: its lock, its config, its checkpoints and how it ended.
 
 runs/<name>/: config.yaml, outcome.json, metrics.jsonl, tensorboard/, checkpoints/{step-*.pt, latest, best.pt},
-samples/, results.json.
+samples/, results.json. All ranks must see it: several machines need a file system that they share.
 """
 
 import fcntl
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .checkpoint import atomic_file, is_ours, read_safely, save_checkpoint
 from .config import UserError
-from .distributed import rank
+from .distributed import from_rank_zero, rank
 
 
 class RunFolder:
-    """Files of one run. Every rank reads; only rank 0 writes."""
+    """Files of one run. Every rank reads; only rank 0 writes, except that any may say why it failed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._lock: IO[str] | None = None
 
-    def lock(self) -> None:
-        """Makes the folder this process's until it ends. Raises UserError while another process trains in it."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, the folder is this run's alone. Raises UserError while another process trains in it.
+
+        The system gives the lock back whatever becomes of the process.
+        """
         if rank() != 0:
+            yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{self.path}: another process is training in this folder; choose another name=") from error
-        for leftover in self.checkpoints.glob(".*"):
-            leftover.unlink(missing_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.path}: another process trains in this folder; choose another name=") from error
+            except OSError as error:
+                print(f"{self.path}: no locks on this file system ({error}); start no second run here", file=sys.stderr)
+            self._clear_temporary_files()
+            yield
 
-    def unlock(self) -> None:
-        """Gives the folder back."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    def _clear_temporary_files(self) -> None:
+        """What a killed process was writing."""
+        for folder in (self.path, self.checkpoints):
+            for leftover in folder.glob(".*.*"):
+                leftover.unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> None:
         """A text file, whole or not at all."""
@@ -47,9 +56,25 @@ class RunFolder:
             with atomic_file(self.path / name) as file:
                 file.write(text.encode())
 
-    def record_outcome(self, state: str, step: int, message: str = "") -> None:
-        """outcome.json: `running`, `finished`, `interrupted` or `failed`, at which step, and why."""
-        self.write("outcome.json", json.dumps({"state": state, "step": step, "message": message}, indent=1) + "\n")
+    # ------------------------------------------------------------------------------------------------------ outcome
+
+    def record_outcome(self, outcome: str) -> None:
+        """outcome.json: `running`, `finished` or `interrupted`, and the step of the newest checkpoint."""
+        self.write("outcome.json", self._outcome(outcome, ""))
+
+    def record_failure(self, message: str) -> None:
+        """outcome.json: `failed`, and why. The first rank to fail has its say; the others fail because of it."""
+        try:
+            if json.loads((self.path / "outcome.json").read_bytes())["outcome"] == "failed":
+                return
+        except (OSError, ValueError, KeyError):
+            pass
+        with atomic_file(self.path / "outcome.json") as file:
+            file.write(self._outcome("failed", f"rank {rank()}: {message}").encode())
+
+    def _outcome(self, outcome: str, message: str) -> str:
+        steps = [step_of(file) for file in self._files()]
+        return json.dumps({"outcome": outcome, "step": max(steps, default=0), "message": message}, indent=1) + "\n"
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -59,9 +84,9 @@ class RunFolder:
             return
         file = self.checkpoints / f"step-{step:09d}.pt"
         save_checkpoint(file, content)
-        self.write("checkpoints/latest", file.name + "\n")
-        for old in self._steps()[:-keep]:
-            if milestone_every is None or int(old.stem.removeprefix("step-")) % milestone_every:
+        self._point_latest_to(file)
+        for old in self._files()[:-keep]:
+            if not is_milestone(step_of(old), milestone_every):
                 old.unlink()
 
     def save_best(self, content: dict[str, Any]) -> None:
@@ -69,18 +94,52 @@ class RunFolder:
         if rank() == 0:
             save_checkpoint(self.checkpoints / "best.pt", content)
 
-    def newest(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest checkpoint that can be read (None where there is none), and a line for each that can't."""
-        problems = []
-        for file in reversed(self._steps()):
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, the same on every rank; None where there is none yet.
+
+        Those that can't be read are renamed to *.damaged, with a line for each. Raises UserError when none is left.
+        """
+        content, name = self._newest_of_rank_zero() if rank() == 0 else (None, None)
+        name = from_rank_zero(name)
+        return read_safely(self.checkpoints / name) if name is not None and rank() != 0 else content
+
+    def _newest_of_rank_zero(self) -> tuple[dict[str, Any] | None, str | None]:
+        damaged: list[Path] = []
+        for file in reversed(self._files()):
             try:
                 content = read_safely(file)
+                if not is_ours(content):
+                    raise UserError(f"{file}: not a checkpoint of this package")
             except UserError as error:
-                problems.append(str(error))
+                print(error, file=sys.stderr)
+                damaged.append(file)
                 continue
-            if is_ours(content):
-                return content, problems
-        return None, problems
+            for other in damaged:
+                other.rename(other.with_name(f"{other.name}.damaged"))
+            if damaged:
+                print(f"{file.parent}: going on from {file.name}, the newest that can be read", file=sys.stderr)
+            self._point_latest_to(file)
+            return content, file.name
+        if damaged:
+            raise UserError(f"{self.checkpoints}: none of them can be read; restore one, or choose another name=")
+        return None, None
 
-    def _steps(self) -> list[Path]:
+    def _point_latest_to(self, file: Path) -> None:
+        """A symbolic link, replaced as a whole."""
+        temporary = self.checkpoints / ".latest.new"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(file.name)
+        temporary.replace(self.checkpoints / "latest")
+
+    def _files(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.pt"))
+
+
+def is_milestone(step: int, every: int | None) -> bool:
+    """True for checkpoints that are kept for ever."""
+    return every is not None and step > 0 and step % every == 0
+
+
+def step_of(file: Path) -> int:
+    """The step of a checkpoint file step-<step>.pt."""
+    return int(file.stem.removeprefix("step-"))

@@ -2,7 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -132,24 +133,54 @@ class SkipRule:
 
 
 class Averaged:
-    """An exponential moving average of a model's parameters and floating-point buffers; others are copied."""
+    """An exponential moving average of a model's parameters and floating-point buffers; other buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.model = model.state_dict()  # the model's own memory, under the same names
+        self.tensors = {name: tensor.clone() for name, tensor in self.model.items()}
+        self._floating = [name for name, tensor in self.model.items() if tensor.is_floating_point()]
+        self._others = [name for name, tensor in self.model.items() if not tensor.is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """average ← decay · average + (1 − decay) · model."""
-        current = model.state_dict()
-        floating = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.tensors[n] for n in floating], [current[n] for n in floating], 1 - self.decay)
-        for name in self.tensors.keys() - set(floating):
-            self.tensors[name].copy_(current[name])
+        averages, current = self._lists(self._floating)
+        torch._foreach_lerp_(averages, current, 1 - self.decay)
+        if self._others:
+            torch._foreach_copy_(*self._lists(self._others))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Starts anew from the model's weights."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(self.model[name])
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Within, the model has the averaged weights, and its own are kept here; bit for bit undone at the end."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, tensor in self.tensors.items():
+            own = self.model[name].clone()
+            self.model[name].copy_(tensor)
+            tensor.copy_(own)
+
+    def _lists(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.tensors[name] for name in names], [self.model[name] for name in names]
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name, as a model's own state."""
         return self.tensors
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over saved averages."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name])

@@ -1,14 +1,14 @@
 """A run: the config of everything, and the objects it describes, built and put together.
 
-The entry scripts call `train_command`; evaluation and sampling start from `load_run`.
+`train` is what train.py does; evaluation and sampling start from `load_run`.
 """
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from pydantic import model_validator
@@ -16,27 +16,28 @@ from torch import Tensor
 
 from . import distributed
 from .config import Config, UserError, apply_overrides, describe, dump_yaml, read_yaml, validate
+from .continuation import changes, require_same_config, with_global_batch
 from .data.config import DataConfig
 from .data.images import Images
 from .data.loading import TrainingStream
 from .data.sets import open_images
 from .folder import RunFolder
+from .interruption import Interruption
 from .loading import load_model
 from .models.base import Family, ModelConfig
 from .models.registry import build, family
 from .optim import Averaged, OptimConfig, Schedule, SkipRule, build_optimiser
+from .precision import allow_tf32, precision_on
+from .state import TrainingState, load_weights
 from .tracking import Tracker
-from .trainer import TrainConfig, Trainer, TrainingState, precision_on
-from .watching import illustration, validation
+from .trainer import Outcome, TrainConfig, Trainer
+from .watching import Watcher
 
 ModelT = TypeVar("ModelT", bound=ModelConfig)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75
 """A signal asked for a stop, and the same command continues: EX_TEMPFAIL, "try again", of sysexits.h."""
-
-FREE_TO_CHANGE = ("name", "data.path", "data.batch", "data.workers", "data.memory", "train.")
-FIXED = ("train.epochs", "train.steps")
 
 
 class RunConfig(Config, Generic[ModelT]):
@@ -135,8 +136,7 @@ def dry_run(config: AnyRunConfig) -> str:
     lines.append("latent groups, top-down:")
     for g, (_, channels, height, width) in enumerate(model.latent_shapes(1)):
         lines.append(f"  {g:>3}  {channels} × {height} × {width}")
-    batch = config.data.global_batch or config.data.batch * distributed.world_size()
-    lines.append(f"images per update: {batch} ({config.data.batch} per process and pass)")
+    lines.append(f"images per update: {_global_batch(config)} ({config.data.batch} per process and pass)")
     return "\n".join(lines)
 
 
@@ -144,91 +144,101 @@ def dry_run(config: AnyRunConfig) -> str:
 
 
 def train(config: AnyRunConfig, runs: Path = Path("runs")) -> int:
-    """Trains, or continues, the run of a config in runs/<name>. Returns the exit code: 0, or 75 when interrupted."""
-    kind = distributed.device_type(config.train.device, "train.device")
-    device = distributed.start(kind, config.train.timeout_minutes)
-    folder = RunFolder(runs / config.name)
-    folder.lock()
-    try:
-        return _train_in(folder, config, device)
-    finally:
-        folder.unlock()
+    """Trains, or continues, the run of a config in runs/<name>. Returns the exit code: 0, or 75 when interrupted.
+
+    A rank that fails leaves without a farewell, which the others might never answer.
+    """
+    with Interruption() as interruption:
+        kind = distributed.device_type(config.train.device, "train.device")
+        device = distributed.start(kind, config.train.timeout_minutes)
+        folder = RunFolder(runs / config.name)
+        with folder.locked():
+            outcome = _train_in(folder, config, device, interruption)
         distributed.stop()
+    return 0 if outcome == "finished" else EXIT_INTERRUPTED
 
 
-def _train_in(folder: RunFolder, config: AnyRunConfig, device: torch.device) -> int:
-    saved, problems = folder.newest()
-    for problem in problems:
-        warnings.warn(problem, stacklevel=2)
-    config = _with_global_batch(config, saved)
+def _train_in(folder: RunFolder, config: AnyRunConfig, device: torch.device, interruption: Interruption) -> Outcome:
+    """Trains, and writes down how it ended."""
+    folder.record_outcome("running")
+    try:
+        with _trainer(folder, config, device, interruption) as trainer:
+            outcome = trainer.run()
+    except torch.OutOfMemoryError as error:
+        folder.record_failure(_out_of_memory(config))
+        raise UserError(_out_of_memory(config)) from error
+    except BaseException as error:
+        folder.record_failure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        raise
+    folder.record_outcome(outcome)
+    return outcome
+
+
+@contextmanager
+def _trainer(
+    folder: RunFolder, config: AnyRunConfig, device: torch.device, interruption: Interruption
+) -> Iterator[Trainer]:
+    """The trainer of a run where its newest checkpoint left it, or at its start."""
+    require_same_config(config.model_dump(mode="json"))
+    saved, world = folder.newest(), distributed.world_size()
+    before = saved["config"]["data"]["global_batch"] if saved else None
+    config = config.model_copy(update={"data": with_global_batch(config.data, before, world)})
     images = open_images(config.data, "train")
     config = _with_settled_model(config, saved, images)
-    if saved is not None:
-        _check_changes(saved["config"], config)
     resolved = config.model_dump(mode="json")
-    if saved is None or config.allow_changes:
-        folder.write("config.yaml", dump_yaml(config))
-    _set_precision(config.train)
+    notes = changes(saved["config"], resolved, allowed=config.allow_changes) if saved else []
+    folder.write("config.yaml", dump_yaml(config))
 
-    stream = TrainingStream(
-        images,
-        config.data,
-        seed=config.seed,
-        device=device,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-    )
-    assert config.data.global_batch is not None
-    steps_per_epoch = stream.epoch_size / config.data.global_batch
-    total_steps = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
-    schedule = Schedule(config.optim, total_steps, steps_per_epoch, config.data.global_batch)
-    state = _build_state(config, device)
+    rank, data, seed = distributed.rank(), config.data, config.seed
+    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank, world=world)
+    schedule = _schedule(config, stream.epoch_size)
+    state = _state(config, device)
     if saved is not None:
         state.load_state_dict(saved)
     elif config.train.init_from is not None:
-        state.model.load_state_dict(load_model(config.train.init_from, weights="raw").state_dict())
-        state.model.mark_loaded()
-    with Tracker(folder.path, total_steps, state.step) as tracker:
-        tracker.note(_greeting(config, state, total_steps, device))
+        _start_from(config.train.init_from, state)
+    watcher = Watcher(
+        open_images(data, "validation"),
+        data,
+        importance_samples=config.train.validation_samples,
+        seed=seed,
+        device=device,
+    )
+    with Tracker(folder.path, schedule.total_steps, state.step, state.log_bytes) as tracker:
+        for note in notes:
+            tracker.note(f"changed since the last checkpoint: {note}")
+        tracker.note(_greeting(config, state, schedule.total_steps, device))
         tracker.text("config", dump_yaml(config))
-        trainer = Trainer(
+        yield Trainer(
             state,
             stream,
             schedule,
             config.train,
             folder,
             tracker,
-            seed=config.seed,
-            accumulation=config.data.global_batch // (config.data.batch * distributed.world_size()),
-            total_steps=total_steps,
+            watcher,
+            interruption,
+            accumulation=_global_batch(config) // (data.batch * world),
             resolved_config=resolved,
-            validate=validation(config.data, config.train.validation_samples, config.seed, device),
-            illustrate=illustration(config.data, config.seed, device),
         )
-        return _run(trainer, folder)
 
 
-def _run(trainer: Trainer, folder: RunFolder) -> int:
-    """Runs the trainer and writes down how it ended."""
-    state = trainer.state
-    folder.record_outcome("running", state.step)
-    try:
-        outcome = trainer.run()
-    except torch.OutOfMemoryError as error:
-        message = (
-            "out of memory: lower data.batch and set data.global_batch to what it was (gradients accumulate), or set "
-            "train.recompute=cells, or train.precision=bf16"
-        )
-        folder.record_outcome("failed", state.step, message)
-        raise UserError(message) from error
-    except BaseException as error:
-        folder.record_outcome("failed", state.step, f"{type(error).__name__}: {error}")
-        raise
-    folder.record_outcome(outcome, state.step)
-    return 0 if outcome == "finished" else EXIT_INTERRUPTED
+def _schedule(config: AnyRunConfig, epoch_size: int) -> Schedule:
+    """The learning rate over the whole run, whose length in updates it decides."""
+    steps_per_epoch = epoch_size / _global_batch(config)
+    total_steps = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
+    return Schedule(config.optim, total_steps, steps_per_epoch, _global_batch(config))
 
 
-def _build_state(config: AnyRunConfig, device: torch.device) -> TrainingState:
+def _global_batch(config: AnyRunConfig) -> int:
+    """Images per update."""
+    return config.data.global_batch or config.data.batch * distributed.world_size()
+
+
+def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
+    """The state that training starts from, the same on every rank."""
+    allow_tf32(config.train.precision)
+    torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     model: Family[Any] = build(config.model).to(device)
     model.set_recomputation(config.train.recompute)
@@ -244,19 +254,28 @@ def _build_state(config: AnyRunConfig, device: torch.device) -> TrainingState:
     )
 
 
-def _with_global_batch(config: AnyRunConfig, saved: Mapping[str, Any] | None) -> AnyRunConfig:
-    """The config with its global batch fixed: as given, as the run had it before, or batch × processes."""
-    data, world = config.data, distributed.world_size()
-    total = data.global_batch
-    if total is None:
-        total = saved["config"]["data"]["global_batch"] if saved else data.batch * world
-    batch = min(data.batch, total // world) if saved else data.batch
-    if batch == 0 or total % (batch * world):
-        raise UserError(
-            f"data.global_batch: {total} images cannot be shared by {world} processes in passes of {batch}; "
-            f"data.batch × processes must divide it"
-        )
-    return config.model_copy(update={"data": data.model_copy(update={"global_batch": total, "batch": batch})})
+def _start_from(path: str, state: TrainingState) -> None:
+    """A warm start: the weights of any checkpoint. Raises UserError for those of another model."""
+    try:
+        load_weights(state.model, load_model(path, weights="raw").state_dict())
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
+    state.model.mark_loaded()
+    if state.average is not None:
+        state.average.restart()
+
+
+def _out_of_memory(config: AnyRunConfig) -> str:
+    """What to change."""
+    data, recompute = config.data, config.train.recompute
+    smaller = [] if data.batch == 1 else [f"data.batch={data.batch // 2} data.global_batch={_global_batch(config)}"]
+    further = [] if recompute == "cells" else ["train.recompute=cells"]
+    less = [] if config.train.precision in ("bf16", "fp16", "mixed") else ["train.precision=mixed"]
+    return (
+        f"out of memory with data.batch={data.batch}, train.recompute={recompute} and "
+        f"train.precision={config.train.precision}; {' or '.join(smaller + further + less) or 'take a smaller model'} "
+        "would need less, and the run goes on from its last checkpoint"
+    )
 
 
 def _with_settled_model(config: AnyRunConfig, saved: Mapping[str, Any] | None, images: Images) -> AnyRunConfig:
@@ -276,34 +295,6 @@ def _first_images(images: Images, config: AnyRunConfig, limit: int = 10_000) -> 
         left -= len(batch.images)
         if left <= 0:
             return
-
-
-def _check_changes(saved: Mapping[str, Any], config: AnyRunConfig) -> None:
-    """Says which fields changed since the run was saved; raises UserError where they change what is trained."""
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
-    changed = [k for k in {**before, **now} if before.get(k) != now.get(k) and k != "allow_changes"]
-    refused = [k for k in changed if k.startswith(FIXED) or not k.startswith(FREE_TO_CHANGE)]
-    lines = [f"{k}: {before.get(k)} → {now.get(k)}" for k in changed]
-    if refused and not config.allow_changes:
-        raise UserError(
-            f"runs/{config.name} was trained with another config; choose another name=, or pass allow_changes=true:\n"
-            + "\n".join(f"  {line}" for line in lines)
-        )
-    for line in lines:
-        print(f"changed since the last checkpoint: {line}", file=sys.stderr)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _set_precision(config: TrainConfig) -> None:
-    matmul: Literal["high", "highest"] = "high" if config.precision == "tf32" else "highest"
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
 
 
 def _greeting(config: AnyRunConfig, state: TrainingState, total_steps: int, device: torch.device) -> str:

@@ -1,10 +1,15 @@
 """Watching a run: progress bar, TensorBoard, JSON lines. Only rank 0 writes."""
 
+import datetime
 import json
+import math
+import os
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -13,19 +18,43 @@ from .distributed import rank
 
 
 class Tracker:
-    """Writes numbers, pictures and text of a run to its folder; a resumed run continues where its checkpoint was."""
+    """Writes numbers, pictures and text of a run to its folder, from a step on.
 
-    def __init__(self, folder: Path, total_steps: int, first_step: int, quiet: bool = False) -> None:
+    `log_bytes` is how much of metrics.jsonl belongs to what came before: the rest, left by a process that was killed
+    after its last checkpoint, is forgotten, so that the file ends as that of a run never interrupted.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, step: int = 0, log_bytes: int = 0) -> None:
         self.active = rank() == 0
-        if not self.active:
-            return
+        if self.active:
+            self.folder, self.total_steps = folder, total_steps
+            self._open(step, log_bytes)
+
+    def _open(self, step: int, log_bytes: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
-        _drop_lines_after(self.path, first_step)
-        self.lines = self.path.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=quiet, dynamic_ncols=True)
+        self.lines = (self.folder / "metrics.jsonl").open("ab")
+        self.lines.truncate(min(log_bytes, self.lines.tell()))
+        self.lines.seek(0, os.SEEK_END)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        # In a log file, where no bar can move, lines take its place.
+        unseen = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=unseen)
+        self._opened = time.monotonic(), step
+
+    def rewind(self, step: int, log_bytes: int) -> None:
+        """Forgets what was written past a step to which the run returns."""
+        if self.active:
+            self.close()
+            self._open(step, log_bytes)
+
+    def flush(self) -> int:
+        """Hands everything to the operating system; returns the length of metrics.jsonl in bytes."""
+        if not self.active:
+            return 0
+        self.board.flush()
+        self.lines.flush()
+        return self.lines.tell()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -33,15 +62,26 @@ class Tracker:
             self.bar.update(step - self.bar.n)
 
     def scalars(self, step: int, values: Mapping[str, float], *, shown: Sequence[str] = ()) -> None:
-        """One line of numbers at a step; `shown` ones stand beside the progress bar."""
+        """One line of numbers at a step (null where not finite); `shown` ones stand beside the progress bar."""
         if not self.active:
             return
-        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.lines.write(json.dumps({"step": step, **finite}).encode() + b"\n")
         self.lines.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        if shown:
-            self.bar.set_postfix({name: f"{values[name]:.4g}" for name in shown if name in values}, refresh=False)
+        beside = {name: f"{values[name]:.4g}" for name in shown if name in values}
+        if beside and self.bar.disable:
+            words = [f"{name} {value}" for name, value in beside.items()]
+            print(f"step {step}/{self.total_steps}", *words, f"{self._left(step)} left", sep="  ", flush=True)
+        elif beside:
+            self.bar.set_postfix(beside, refresh=False)
+
+    def _left(self, step: int) -> datetime.timedelta:
+        """Time until the last step at the pace since the files were opened."""
+        opened, first = self._opened
+        seconds = (time.monotonic() - opened) / max(step - first, 1) * (self.total_steps - step)
+        return datetime.timedelta(seconds=round(seconds))
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """A picture (C, H, W) in [0, 1]."""
@@ -51,7 +91,7 @@ class Tracker:
     def text(self, name: str, text: str) -> None:
         """A piece of text, such as the config."""
         if self.active:
-            self.board.add_text(name, f"```\n{text}\n```")
+            self.board.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
 
     def hyperparameters(self, values: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """The run's config beside its result, for TensorBoard's comparison of runs."""
@@ -64,28 +104,17 @@ class Tracker:
         if self.active:
             self.bar.write(message)
 
-    def __enter__(self) -> "Tracker":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Writes out everything and closes the files."""
         if self.active:
             self.bar.close()
             self.lines.close()
             self.board.close()
 
+    def __enter__(self) -> Self:
+        return self
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forgets what was logged past the checkpoint a run continues from, and a line cut short by a kill."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-    path.write_text("".join(kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
