@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["nvae", "nvae.*"]),
-    package_data={"nvae": ["py.typed"]},
+    package_data={"nvae": ["py.typed", "report.html"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",
@@ -20,6 +20,7 @@ setup(
         "pyyaml",
         "pydantic>=2.7",
         "tqdm",
+        "filelock",
         "tensorboard",
         "safetensors",
         "lmdb",
@@ -29,8 +30,8 @@ setup(
         "scipy",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
-        "fid": ["torch-fidelity"],
+        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-tqdm", "torch-fidelity>=0.4"],
+        "fid": ["torch-fidelity>=0.4"],
         "hub": ["huggingface_hub"],
     },
 )
