@@ -8,7 +8,7 @@ between the image and its latents.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +227,7 @@ class NVAE(Family[NVAEConfig]):
         self.spectral = SpectralPenalty(self.weights.shapes)
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
         self._known_started = False
+        self.register_load_state_dict_post_hook(_forget_start)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------------------------------------- the contract
 
@@ -280,7 +281,8 @@ class NVAE(Family[NVAEConfig]):
         objective = self.config.objective
         coefficient = kl_coefficient(progress, objective)
         lam = spectral_weight(coefficient, objective)
-        weights = balance_weights(output.kl, self.balance_factors(output.kl.device)) if objective.kl_balance else None
+        balances = objective.kl_balance and coefficient < 1
+        weights = balance_weights(output.kl, self.balance_factors(output.kl.device)) if balances else None
         kl = balanced_kl(output.kl, coefficient, weights)
         loss = (output.reconstruction + kl).mean()
         metrics = {
@@ -288,6 +290,7 @@ class NVAE(Family[NVAEConfig]):
             "reconstruction": output.reconstruction.mean().detach(),
             "kl": output.kl.sum(1).mean().detach(),
             "kl_coefficient": torch.tensor(coefficient),
+            "kl_group_coefficient": coefficient * (torch.ones(len(self.groups)) if weights is None else weights),
             "spectral_weight": torch.tensor(lam),
         }
         if lam > 0:
@@ -425,3 +428,7 @@ class NVAE(Family[NVAEConfig]):
         """α of each group, (G,)."""
         scales = [self.config.levels[0] - level for level in self.config.levels]
         return balance_factors(scales, device)
+
+
+def _forget_start(model: nn.Module, incompatible: Any) -> None:
+    model._known_started = False  # type: ignore[assignment]
