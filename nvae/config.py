@@ -126,9 +126,14 @@ def validate(config: type[ConfigT], data: Mapping[str, Any], source: str) -> Con
         return config.model_validate_json(json.dumps(data), strict=True)
     except (TypeError, ValueError) as error:
         if isinstance(error, ValidationError):
-            lines = [_sentence(config, problem) for problem in error.errors(include_url=False)]
-            raise UserError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+            raise user_error(config, error, source) from error
         raise UserError(f"{source}: {error}") from error
+
+
+def user_error(config: type[Config], error: ValidationError, source: str) -> UserError:
+    """Pydantic's errors for people: `source`, then a line for each."""
+    lines = [_sentence(config, problem) for problem in error.errors(include_url=False)]
+    return UserError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def _sentence(config: type[Config], problem: Any) -> str:
@@ -140,7 +145,7 @@ def _sentence(config: type[Config], problem: Any) -> str:
         return f"{where}: required and missing"
     if problem["type"] in ("value_error", "assertion_error"):
         return f"{where}: {problem['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
-    found = json.dumps(problem["input"])
+    found = json.dumps(problem["input"], default=str)
     message = problem["msg"][0].lower() + problem["msg"][1:]
     message += f", found {found if len(found) < 80 else found[:77] + '...'}"
     if problem["type"] == "literal_error":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from . import published, published_vdvae
-from .checkpoint import is_ours, read_safely
+from .checkpoint import VERSION, is_ours, read_safely
 from .config import UserError, read_yaml, validate
 from .likelihoods import MixtureEdge
 from .models.base import Family, ModelConfig
@@ -72,12 +72,16 @@ def _published(
         warnings.warn(
             "published checkpoint: the likelihood keeps the published mixture edge, so that published figures are "
             'reproduced; its bits/dim come out too good. Ask for mixture_edge="right" for exact ones.',
-            stacklevel=4,
+            stacklevel=3,
         )
     return model
 
 
 def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> Family[Any]:
+    if (version := content.get("version")) != VERSION:
+        raise UserError(f"a checkpoint of format {version}, this version of nvae reads format {VERSION}")
+    if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
+        raise UserError("a checkpoint without a config or without a model")
     config = model_config(content["config"], "config")
     model = build(config if edge is None else config.with_likelihood(edge=edge))
     state = (content.get("ema") if weights == "ema" else None) or content["model"]

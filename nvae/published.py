@@ -8,10 +8,11 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import nn
 
-from .cells import Cell, RegularOp, SeparableOp
-from .config import UserError
+from .cells import ARCHITECTURES, Cell, RegularOp, Separable, SeparableOp
+from .config import UserError, user_error
 from .convolutions import Conv2d
 from .layers import BatchNorm, DownSkip, UpSkip
 from .likelihoods import LikelihoodConfig, MixtureEdge
@@ -23,7 +24,6 @@ SAFE_TYPES = (argparse.Namespace,)
 REDUNDANT = ".weight_normalized"
 GREY = ("mnist", "omniglot")
 PADDED = (*GREY, "stacked_mnist")
-OWN_BUFFERS = ("started", "spectral.")
 LEAF_NAMES: dict[type[nn.Module], dict[str, str]] = {
     Conv2d: {"weight": "weight", "bias": "bias", "log_gain": "log_weight_norm"},
     BatchNorm: {k: k for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
@@ -33,7 +33,8 @@ LEAF_NAMES: dict[type[nn.Module], dict[str, str]] = {
 
 def is_published(content: dict[str, Any]) -> bool:
     """True for the dict of a checkpoint of the published code."""
-    return isinstance(content.get("args"), argparse.Namespace) and isinstance(content.get("state_dict"), dict)
+    args, state = content.get("args"), content.get("state_dict")
+    return isinstance(args, argparse.Namespace) and isinstance(state, dict) and all(isinstance(k, str) for k in state)
 
 
 # ------------------------------------------------------------------------------------------------- hyper-parameters
@@ -43,7 +44,7 @@ def config_from_args(args: argparse.Namespace, edge: MixtureEdge = "published") 
     """The config of a published model. Arguments that older checkpoints lack take their old meaning."""
     a: dict[str, Any] = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10, **vars(args)}
     try:
-        dataset: str = a["dataset"]
+        dataset = str(a["dataset"])
         channels: Literal[1, 3] = 1 if dataset in GREY else 3
         if a["num_preprocess_blocks"] != a["num_postprocess_blocks"]:
             raise UserError("args: num_preprocess_blocks and num_postprocess_blocks differ")
@@ -81,6 +82,8 @@ def config_from_args(args: argparse.Namespace, edge: MixtureEdge = "published") 
         )
     except KeyError as error:
         raise UserError(f"args: the published checkpoint lacks {error}") from error
+    except ValidationError as error:
+        raise user_error(NVAEConfig, error, "args") from error
 
 
 def image_size(dataset: str) -> int:
@@ -92,13 +95,12 @@ def image_size(dataset: str) -> int:
 
 
 def args_from_config(config: NVAEConfig, dataset: str) -> argparse.Namespace:
-    """The published arguments of a config; `dataset` is the published name of the set."""
+    """The published arguments of a config; `dataset` is the published name of the set.
+
+    Raises UserError for a model that the published format cannot tell, or not with this set.
+    """
     likelihood = config.likelihood
-    if (1 if dataset in GREY else 3) != config.image_channels or image_size(dataset) != config.image_size:
-        raise UserError(f"dataset: '{dataset}' does not have {config.image_channels} × {config.image_size}² images")
-    if config.image_channels == 1 and likelihood.kind != "bernoulli":
-        raise UserError("likelihood.kind: the published code knows no logistic mixture of grey images")
-    return argparse.Namespace(
+    args = argparse.Namespace(
         dataset=dataset,
         use_se=config.squeeze_excite,
         res_dist=config.residual_posterior,
@@ -120,6 +122,20 @@ def args_from_config(config: NVAEConfig, dataset: str) -> argparse.Namespace:
         num_nf=config.flows,
         arch_instance=config.architecture,
     )
+    ours, theirs = _told(config), _told(config_from_args(args, likelihood.edge))
+    for field, value in ours.items():
+        if value != theirs[field]:
+            raise UserError(f"{field}: {value}; a published checkpoint of {dataset} would mean {theirs[field]}")
+    return args
+
+
+def _told(config: NVAEConfig) -> dict[str, Any]:
+    """What a published checkpoint says of a model: its config without the objective."""
+    likelihood = config.likelihood.model_dump()
+    if config.likelihood.kind != "logistic_mixture":
+        del likelihood["components"], likelihood["edge"]
+    fields = config.model_dump(exclude={"objective", "likelihood"})
+    return fields | {f"likelihood.{name}": value for name, value in likelihood.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -248,7 +264,6 @@ def to_published(model: NVAE, dataset: str, epoch: int = 0, global_step: int = 0
 
 def _cell_types(architecture: str) -> dict[str, list[str]]:
     """The published table of an architecture: cell type -> list of its ops."""
-    from .cells import ARCHITECTURES, Separable
 
     def names(ops: Any) -> list[str]:
         out = []

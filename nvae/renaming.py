@@ -22,6 +22,8 @@ def load_renamed(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping
         )
     state = model.state_dict()
     for ours, theirs in names.items():
+        if not isinstance(tensors[theirs], Tensor):
+            raise UserError(f"state_dict: '{theirs}' is no tensor")
         found, expected = list(tensors[theirs].shape), list(state[ours].shape)
         if found != expected:
             raise UserError(f"state_dict: '{theirs}' is {found}, the {geometry} makes it {expected}")
