@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .convolutions import Conv2d
 from .distributed import all_mean, world_size
 from .layers import (
-    ACTIVATIONS,
     Activation,
     BatchNorm,
     DownSkip,
@@ -109,19 +107,16 @@ class RegularOp(nn.Module):
         super().__init__()
         self.norm = BatchNorm(in_channels, op.activation) if op.batch_norm else None
         self.activation = op.activation
-        self.up = resampling == "up"
         stride = 2 if resampling == "down" else 1
-        self.convolution = Conv2d(in_channels, out_channels, 3, stride=stride, dilation=op.dilation)
+        self.convolution = Conv2d(
+            in_channels, out_channels, 3, stride=stride, dilation=op.dilation, enlarge=resampling == "up"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        x = self.activated(x)
-        return cast(Tensor, self.convolution(x))
-
-    def activated(self, x: Tensor) -> Tensor:
-        """The convolution's input."""
-        x = ACTIVATIONS[self.activation](x) if self.norm is None else self.norm(x)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
+        if self.norm is None:
+            return cast(Tensor, self.convolution(x, self.activation))
+        return self.norm.into(self.convolution, x)
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
@@ -132,7 +127,7 @@ class RegularOp(nn.Module):
         assert self.norm is None and self.convolution.bias is not None
         self.convolution.bias.zero_()
         self.convolution.log_gain.zero_()
-        response = self.convolution(self.activated(x))
+        response = self.forward(x)
         mean = all_mean(response.mean((0, 2, 3)))
         var = all_mean(response.sub(mean[:, None, None]).square().mean((0, 2, 3)))
         count = response.numel() // response.shape[1] * world_size()
@@ -142,18 +137,29 @@ class RegularOp(nn.Module):
 
 
 class SeparableOp(nn.Module):
-    """See `Separable`. Resamples first when up, in the K×K convolution when down; convolutions are plain, no bias."""
+    """See `Separable`. Resamples in the K×K convolution; convolutions are plain, without bias.
+
+    The published network enlarges first. What comes before the K×K convolution works on single pixels, so that here
+    it sees a quarter of them, with the same result.
+    """
 
     def __init__(self, op: Separable, in_channels: int, out_channels: int, resampling: Resampling) -> None:
         super().__init__()
         hidden = op.expansion * in_channels
         self.up = resampling == "up"
-        stride = 2 if resampling == "down" else 1
-        self.norm = BatchNorm(in_channels)
+        stride, copies = (2 if resampling == "down" else 1), (4 if self.up else 1)
+        self.norm = BatchNorm(in_channels, copies=copies)
         self.expand = Conv2d(in_channels, hidden, bias=False, normalised=False)
-        self.expand_norm = BatchNorm(hidden, "swish")
+        self.expand_norm = BatchNorm(hidden, "swish", copies=copies)
         self.spatial = Conv2d(
-            hidden, hidden, op.kernel_size, stride=stride, groups=op.groups or hidden, bias=False, normalised=False
+            hidden,
+            hidden,
+            op.kernel_size,
+            stride=stride,
+            groups=op.groups or hidden,
+            bias=False,
+            normalised=False,
+            enlarge=self.up,
         )
         self.spatial_norm = BatchNorm(hidden, "swish")
         self.project = Conv2d(hidden, out_channels, bias=False, normalised=False)
@@ -161,11 +167,10 @@ class SeparableOp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        if self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = self.expand_norm(self.expand(self.norm(x)))
-        x = self.spatial_norm(self.spatial(x))
-        return cast(Tensor, self.project_norm(self.project(x)))
+        x = self.norm.into(self.expand, x)
+        x = self.expand_norm.into(self.spatial, x)
+        x = self.spatial_norm.into(self.project, x)
+        return cast(Tensor, self.project_norm(x))
 
 
 class Cell(nn.Module):

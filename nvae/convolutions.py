@@ -1,4 +1,5 @@
-"""Convolutions, and the effective (normalised, masked) weights they use (spec §1; Salimans & Kingma 2016).
+"""Convolutions, their gradients, and the effective (normalised, masked) weights they use (spec §1; Salimans & Kingma
+2016).
 
 A convolution stores raw parameters; what it multiplies with is its *effective* weight. `EffectiveWeights` makes the
 effective weights of a whole model in one pass per step, batched by shape, hands each convolution its own, and keeps
@@ -9,11 +10,17 @@ Shapes: B batch, C channels, H W space; O outputs, R = C/groups · kh · kw of a
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import depthwise
+from .activations import ACTIVATIONS, Activation, with_slope
+from .fusion import fused
+from .latents import at_least_float32
 
 
 def weight_norm(weight: Tensor, log_gain: Tensor) -> Tensor:
@@ -22,11 +29,121 @@ def weight_norm(weight: Tensor, log_gain: Tensor) -> Tensor:
     return log_gain.exp() * weight / (norm + 1e-5)
 
 
+# ------------------------------------------------------------------------------------- a convolution and its gradients
+
+
+class Geometry(NamedTuple):
+    """How a kernel moves over its input; `enlarge` reads the input enlarged ×2 (nearest)."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+    enlarge: bool = False
+
+    def is_depthwise(self, weight: Tensor) -> bool:
+        """One input and one output channel per group: the operator of nvae/depthwise.py does it."""
+        return self.groups == weight.shape[0] > 1 and weight.shape[1] == 1 and self.dilation == 1
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """(B, C, H, W), weight (O, C/groups, kh, kw) -> (B, O, h, w); differentiable, and aware of autocast."""
+    if geometry.enlarge:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    if geometry.is_depthwise(weight):
+        y = depthwise.depthwise_conv2d(x, weight, geometry.stride)
+        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+
+
+def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of `convolve`'s x (of which only shape and type count), from that of its result."""
+    scale = 2 if geometry.enlarge else 1
+    height, width = x.shape[2] * scale, x.shape[3] * scale
+    if geometry.is_depthwise(weight):
+        x_grad = depthwise.input_gradient(grad, weight, height, width, geometry.stride)
+    else:
+        like = grad.new_empty(1).expand(x.shape[0], x.shape[1], height, width)
+        x_grad = _torch_gradients(grad, like, weight, None, geometry, (True, False, False))[0]
+    return F.avg_pool2d(x_grad, 2, divisor_override=1) if geometry.enlarge else x_grad
+
+
+def parameter_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `convolve`'s weight and bias, in their types."""
+    if geometry.enlarge:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    if geometry.is_depthwise(weight):
+        weight_grad = depthwise.weight_gradient(grad, x, weight.shape[2], geometry.stride).to(weight.dtype)
+        return weight_grad, None if bias is None else grad.sum((0, 2, 3)).to(bias.dtype)
+    _, weight_grad, bias_grad = _torch_gradients(grad, x, weight, bias, geometry, (False, True, bias is not None))
+    return weight_grad, None if bias is None else bias_grad.to(bias.dtype)
+
+
+def _torch_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own gradients of (x, weight, bias), those that are wanted."""
+    stride, padding, dilation, groups, _ = geometry
+    gradients = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None if bias is None else list(bias.shape),
+        [stride, stride],
+        [padding, padding],
+        [dilation, dilation],
+        False,
+        [0, 0],
+        groups,
+        wanted,
+    )
+    return cast(tuple[Tensor, Tensor, Tensor], gradients)
+
+
+class _OfActivated(torch.autograd.Function):
+    """convolve(act(x)), of which only x is kept: the backward pass makes act(x) again together with its slope."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.geometry, ctx.activation = geometry, activation
+        return convolve(_activated(x, activation, weight.dtype), weight, bias, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        y_grad = input_gradient(grad, x, weight, ctx.geometry)
+        y, x_grad = _activation_backward(x, y_grad, ctx.activation)
+        weight_grad, bias_grad = parameter_gradients(grad, y, weight, bias, ctx.geometry)
+        return x_grad, weight_grad, bias_grad, None, None
+
+
+@fused(dynamic=True)
+def _activated(x: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
+    return ACTIVATIONS[activation](at_least_float32(x)).to(dtype)
+
+
+@fused(dynamic=True)
+def _activation_backward(x: Tensor, y_grad: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """act(x) in the type of its gradient, and the gradient of x."""
+    y, slope = with_slope(activation, at_least_float32(x))
+    return y.to(y_grad.dtype), (at_least_float32(y_grad) * slope).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- the module
+
+
 class Conv2d(nn.Module):
     """A convolution that keeps H and W at stride 1 (odd kernel, zero padding), weight-normalised unless told otherwise.
 
     `mask` (broadcastable to the kernel) removes connections; the norm is taken of what remains. `initial_gain` scales
-    the starting output of a weight-normalised convolution.
+    the starting output of a weight-normalised convolution. `enlarge` reads the input enlarged ×2 (nearest).
     """
 
     mask: Tensor | None
@@ -44,11 +161,11 @@ class Conv2d(nn.Module):
         normalised: bool = True,
         mask: Tensor | None = None,
         initial_gain: float = 1.0,
+        enlarge: bool = False,
     ) -> None:
         super().__init__()
         assert kernel_size % 2 == 1
-        self.stride, self.dilation, self.groups = stride, dilation, groups
-        self.padding = kernel_size // 2 * dilation
+        self.geometry = Geometry(stride, kernel_size // 2 * dilation, dilation, groups, enlarge)
         self.normalised = normalised
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
@@ -80,24 +197,30 @@ class Conv2d(nn.Module):
             matrix = weight_norm(matrix, self.log_gain.flatten(1))
         return matrix.reshape(self.weight.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, O, H/stride, W/stride)."""
-        weight = self.effective_weight()
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    def forward(self, x: Tensor, activation: Activation = "identity") -> Tensor:
+        """The convolution of act(x): (B, C, H, W) -> (B, O, H/stride, W/stride), twice that with `enlarge`.
+
+        Only x is kept for the backward pass.
+        """
+        if activation != "identity" and torch.is_grad_enabled():
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = for_autocast(self.effective_weight())
+            return cast(Tensor, _OfActivated.apply(x, weight, self.bias, self.geometry, activation))
+        return convolve(ACTIVATIONS[activation](x), self.effective_weight(), self.bias, self.geometry)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry parameters only: an effective weight belongs to one graph."""
         return {**self.__dict__, "_effective": None}
 
     def extra_repr(self) -> str:
-        return f"{list(self.weight.shape)}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+        return f"{list(self.weight.shape)}, {self.geometry}"
 
 
 class EffectiveWeights:
     """The effective weights of all convolutions of a model, made in one pass and shared by all who need them.
 
     `matrices` maps a kernel shape to (N, O, R), float32, with gradient; the N convolutions of that shape are in
-    `convolutions` under the same key.
+    `convolutions` under the same key. R runs over (kh, kw, C/groups): kernels are channels-last without a copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -127,8 +250,10 @@ class EffectiveWeights:
         for key, convolutions in self.convolutions.items():
             matrix = self.matrices[key] = self._stack(convolutions)
             used = for_autocast(matrix)
-            for convolution, weight in zip(convolutions, used.unbind(), strict=True):
-                convolution._effective = weight.reshape(convolution.weight.shape)
+            outputs, inputs, *size = convolutions[0].weight.shape
+            kernels = used.reshape(-1, outputs, *size, inputs).permute(0, 1, 4, 2, 3)
+            for convolution, kernel in zip(convolutions, kernels.unbind(), strict=True):
+                convolution._effective = kernel
 
     def clear(self) -> None:
         """Forgets them: each convolution makes its own at every use, until the next refresh."""
@@ -138,9 +263,9 @@ class EffectiveWeights:
 
     @staticmethod
     def _stack(convolutions: list[Conv2d]) -> Tensor:
-        matrix = torch.stack([convolution.weight.flatten(1) for convolution in convolutions])  # (N, O, R)
+        matrix = torch.stack([_rows(convolution.weight) for convolution in convolutions])  # (N, O, R)
         if convolutions[0].mask is not None:
-            matrix = matrix * torch.stack([c.mask.flatten(1) for c in convolutions if c.mask is not None])
+            matrix = matrix * torch.stack([_rows(c.mask) for c in convolutions if c.mask is not None])
         if convolutions[0].normalised:
             gains = torch.stack([convolution.log_gain.flatten(1) for convolution in convolutions])  # (N, O, 1)
             matrix = weight_norm(matrix, gains)
@@ -158,6 +283,11 @@ class EffectiveWeights:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"convolutions": self.convolutions, "matrices": {}, "_made_for": None}
+
+
+def _rows(kernel: Tensor) -> Tensor:
+    """(O, C/groups, kh, kw) -> (O, kh · kw · C/groups)."""
+    return kernel.permute(0, 2, 3, 1).flatten(1)
 
 
 def for_autocast(tensor: Tensor) -> Tensor:

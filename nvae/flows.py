@@ -6,8 +6,9 @@ later one, so the Jacobian is triangular with unit diagonal and the log-determin
 Shapes: B batch, L latent channels, h w space; 6L hidden channels, six per latent channel.
 """
 
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convolutions import Conv2d
@@ -48,10 +49,9 @@ class ShiftCell(nn.Module):
 
     def shift(self, z: Tensor) -> Tensor:
         """m(z), (B, L, h, w) -> (B, L, h, w)."""
-        hidden = self.spatial(F.elu(self.expand(z)))
+        hidden = self.spatial(self.expand(z), "elu")
         # ELU twice: the published weights were trained with it.
-        shift: Tensor = self.project(F.elu(F.elu(hidden)))
-        return shift
+        return cast(Tensor, self.project(hidden, "elu_elu"))
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w), float32 or more."""

@@ -137,7 +137,7 @@ def naive(convolution: Conv2d, x: Tensor, stride: int = 1) -> Tensor:
     """A convolution as PyTorch's, of the effective weight."""
     weight = convolution.effective_weight()
     size = weight.shape[-1]
-    dilation = convolution.dilation
+    dilation = convolution.geometry.dilation
     padding = size // 2 * dilation
     return F.conv2d(x, weight, convolution.bias, stride, padding, dilation, x.shape[1] // weight.shape[1])
 
@@ -153,7 +153,7 @@ def test_a_regular_op_is_norm_activation_doubling_convolution(name: str, resampl
     if resampling == "up":
         y = y.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert op.convolution.weight.shape == (12, CHANNELS, 3, 3)
-    assert op.convolution.dilation == (2 if name.endswith("5") else 1)
+    assert op.convolution.geometry.dilation == (2 if name.endswith("5") else 1)
     torch.testing.assert_close(op(x), naive(op.convolution, y, 2 if resampling == "down" else 1), rtol=1e-4, atol=1e-5)
 
 
@@ -187,7 +187,7 @@ def test_the_first_op_of_a_chain_changes_resolution_and_width() -> None:
     first, second = make("res_bnswish res_bnswish", "down").ops
     assert isinstance(first, RegularOp)
     assert isinstance(second, RegularOp)
-    assert (first.convolution.stride, second.convolution.stride) == (2, 1)
+    assert (first.convolution.geometry.stride, second.convolution.geometry.stride) == (2, 1)
     assert first.convolution.weight.shape[:2] == (16, 8)
     assert second.convolution.weight.shape[:2] == (16, 16)
 
@@ -234,18 +234,6 @@ def test_an_evaluation_between_the_passes_disturbs_nothing() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_recomputed_activations_have_the_same_gradients() -> None:
-    kept, x = make("res_bnswish res_bnswish", "up"), image()
-    recomputed = copy.deepcopy(kept)
-    for module in recomputed.modules():
-        if isinstance(module, BatchNorm):
-            module.recompute = True
-    for ours, theirs in zip(gradients(recomputed, x), gradients(kept, x), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
-    for ours, theirs in zip(recomputed.buffers(), kept.buffers(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_recomputing_keeps_less() -> None:
     """Bytes that the forward pass saves for the backward pass."""
 
@@ -263,14 +251,8 @@ def test_recomputing_keeps_less() -> None:
         assert output.requires_grad
         return sum(sizes.values())
 
-    def activations(cell: Cell) -> None:
-        for module in cell.modules():
-            if isinstance(module, BatchNorm):
-                module.recompute = True
-
-    nothing = saved(lambda cell: None)
-    assert saved(activations) < 0.75 * nothing
-    assert saved(lambda cell: setattr(cell, "recompute", True)) < 0.1 * nothing
+    normally = saved(lambda cell: None)
+    assert saved(lambda cell: setattr(cell, "recompute", True)) < 0.15 * normally
 
 
 # ------------------------------------------------------------------------------------------------ the start from data

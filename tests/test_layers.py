@@ -11,7 +11,12 @@ from nvae.layers import ACTIVATIONS, Activation, BatchNorm, DownSkip, SqueezeExc
 
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 EITHER_WAY = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-NAIVE = {"identity": lambda u: u, "swish": lambda u: u * torch.sigmoid(u), "elu": F.elu}
+NAIVE = {
+    "identity": lambda u: u,
+    "swish": lambda u: u * torch.sigmoid(u),
+    "elu": F.elu,
+    "elu_elu": lambda u: F.elu(F.elu(u)),
+}
 
 
 def pair(activation: Activation = "identity", recompute: bool = False) -> tuple[BatchNorm, nn.BatchNorm2d]:

@@ -153,7 +153,7 @@ class LatentGroup(nn.Module):
 
     def prior_raw(self, state: Tensor) -> Tensor | None:
         """Raw prior parameters (B, 2L, h, w) from the decoder state; None, that is zeros, for the first group."""
-        return None if self.is_first else at_least_float32(self.prior(F.elu(state)))
+        return None if self.is_first else at_least_float32(self.prior(state, "elu"))
 
     def posterior_raw(self, tap: Tensor, state: Tensor, prior_raw: Tensor | None) -> Tensor:
         """Raw posterior parameters (B, 2L, h, w); residual ones add to the prior's before the soft clamp (spec §3)."""
@@ -300,11 +300,9 @@ class NVAE(Family[NVAEConfig]):
         return loss, metrics
 
     def set_recomputation(self, mode: Recomputation) -> None:
-        """`activations`: batch norm and swish are computed again in the backward pass; `cells`: whole cells."""
+        """`cells`: the backward pass computes whole cells again. Batch norms and activations it always does."""
         for module in self.modules():
-            if isinstance(module, BatchNorm):
-                module.recompute = mode == "activations"
-            elif isinstance(module, Cell):
+            if isinstance(module, Cell):
                 module.recompute = mode == "cells"
 
     def mark_loaded(self) -> None:
@@ -335,12 +333,13 @@ class NVAE(Family[NVAEConfig]):
     def _bottom_up(self, x: Tensor) -> Features:
         likelihood = self.config.likelihood
         target = quantise(x, likelihood.bits, likelihood.grid)
-        state = self.preprocess(self.stem(2 * target - 1))
+        image = (2 * target - 1).contiguous(memory_format=torch.channels_last)
+        state = self.preprocess(self.stem(image))
         taps: list[Tensor] = []
         for g in reversed(range(len(self.groups))):
             state = cast(LatentGroup, self.groups[g]).encoder_cells(state)
             if g == 0:
-                state = F.elu(self.top(F.elu(state)))
+                state = F.elu(self.top(state, "elu"))
             taps.append(state)
             if (joint := self.joint_above(g)) is not None:
                 state = self.down[joint](state)
@@ -385,7 +384,7 @@ class NVAE(Family[NVAEConfig]):
         return Normal.from_raw(raw, temperature)
 
     def _first_state(self, batch: int) -> Tensor:
-        return self.first_state.expand(batch, -1, -1, -1)
+        return self.first_state.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
     def joint_above(self, g: int) -> int | None:
         """The index in `down` and `up` of the joint of scales between group g and the one above it, if there is one."""
@@ -399,7 +398,7 @@ class NVAE(Family[NVAEConfig]):
         return cast(Tensor, cast(LatentGroup, self.groups[g]).decoder_cells(state))
 
     def _likelihood(self, state: Tensor) -> Likelihood:
-        params = self.head(F.elu(self.postprocess(state)))
+        params = self.head(self.postprocess(state), "elu")
         return LIKELIHOODS[self.config.likelihood.kind](params, self.config.likelihood, self.config.image_channels)
 
     def _noise(self, batch: int, noise: Noise | None) -> Noise:

@@ -1,0 +1,47 @@
+"""Activations, each with its slope for backward passes that compute both again from the input (spec §1)."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Literal["identity", "swish", "elu", "elu_elu"]
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "identity": lambda u: u,
+    "swish": F.silu,
+    "elu": F.elu,
+    "elu_elu": lambda u: F.elu(F.elu(u)),
+}
+"""`elu_elu` is ELU twice, as in the flow cells (spec §3)."""
+
+
+def with_slope(activation: Activation, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation of u and its derivative there."""
+    return _WITH_SLOPE[activation](u)
+
+
+def _swish(u: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(u)
+    y = u * gate
+    return y, gate + y * (1 - gate)
+
+
+def _elu(u: Tensor) -> tuple[Tensor, Tensor]:
+    return F.elu(u), u.clamp(max=0).exp()
+
+
+def _elu_elu(u: Tensor) -> tuple[Tensor, Tensor]:
+    inner, inner_slope = _elu(u)
+    y, slope = _elu(inner)
+    return y, slope * inner_slope
+
+
+_WITH_SLOPE: dict[Activation, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "identity": lambda u: (u, torch.ones_like(u)),
+    "swish": _swish,
+    "elu": _elu,
+    "elu_elu": _elu_elu,
+}

@@ -1,0 +1,158 @@
+"""Depthwise convolution as an operator of its own, with its gradients: fast where PyTorch's is not.
+
+Memory is channels-last. On the CPU the forward pass is PyTorch's, the input gradient at stride 1 a forward pass with
+the kernel turned round, and the weight gradient K·K shifted products summed in one pass (docs/performance.md). On
+CUDA all three are Triton kernels (nvae/kernels/depthwise.py). Elsewhere PyTorch's.
+
+The operators are opaque to `torch.compile`: never traced into, never a graph break.
+
+Shapes: B batch, C channels, H W space of x, h w space of y = ceil(H/stride), K kernel side (odd), padding K // 2.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fusion import compiles, fused
+from .latents import at_least_float32
+
+TAPS_PER_PASS = 25
+"""How many taps of the weight gradient one pass sums: as many as accumulators fit into vector registers."""
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """(B, C, H, W), weight (C, 1, K, K) -> (B, C, h, w), in autocast's type where autocast is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return cast(Tensor, forward(x, weight, stride))
+
+
+# ----------------------------------------------------------------------------------------------------- the operators
+
+
+@torch.library.custom_op("nvae::depthwise", mutates_args=())
+def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """y."""
+    if _in_triton(x):
+        from .kernels import depthwise as kernels
+
+        return kernels.forward(x, weight, stride)
+    return _channels_last(_convolve(_channels_last(x), weight, stride))
+
+
+@torch.library.custom_op("nvae::depthwise_input_gradient", mutates_args=())
+def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """The gradient of x, (B, C, height, width), from that of y."""
+    shape = (*grad.shape[:2], height, width)
+    if _in_triton(grad):
+        from .kernels import depthwise as kernels
+
+        return kernels.input_gradient(grad, weight, shape, stride)
+    if stride == 1:
+        return _channels_last(_convolve(_channels_last(grad), weight.flip(2, 3), 1))
+    # In float32 also for smaller types: PyTorch's own takes 80 times as long in bfloat16.
+    wide, kernel = at_least_float32(_channels_last(grad)), at_least_float32(weight)
+    x = wide.new_empty(1).expand(shape)
+    return _channels_last(_backward(wide, x, kernel, stride, (True, False, False))[0].to(grad.dtype))
+
+
+@torch.library.custom_op("nvae::depthwise_weight_gradient", mutates_args=())
+def weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
+    """The gradient of the kernel, (C, 1, size, size), float32 or more, from that of y."""
+    if _in_triton(x):
+        from .kernels import depthwise as kernels
+
+        return kernels.weight_gradient(grad, x, size, stride)
+    grad, x = _channels_last(grad), _channels_last(x)
+    if x.device.type == "cpu" and compiles("cpu"):
+        rows = max(TAPS_PER_PASS // size, 1)  # of the kernel, in one pass
+        passes = [range(first, min(first + rows, size)) for first in range(0, size, rows)]
+        rows_x, rows_grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+        taps = torch.cat([_summed_taps(rows_x, rows_grad, size, stride, part.start, part.stop) for part in passes])
+        return taps.t().reshape(-1, 1, size, size).contiguous()
+    weight = x.new_empty(1).expand(x.shape[1], 1, size, size)
+    return at_least_float32(_backward(grad, x, weight, stride, (False, True, False))[1])
+
+
+@fused(dynamic=False)
+def _summed_taps(x: Tensor, grad: Tensor, size: int, stride: int, first: int, end: int) -> Tensor:
+    """Rows `first` to `end` of the kernel's gradient, (rows·K, C), from x (B, H, W, C) and grad (B, h, w, C).
+
+    Sums over an image before it sums over images: partial sums are what a core keeps in registers.
+    """
+    height, width = grad.shape[1:3]
+    pad = size // 2
+    x = F.pad(x, (0, 0, pad, pad + stride, pad, pad + stride))
+    wide = at_least_float32(grad)
+    taps = []
+    for i in range(first, end):
+        for j in range(size):
+            shifted = x[:, i : i + stride * height : stride, j : j + stride * width : stride]
+            taps.append((at_least_float32(shifted) * wide).sum((1, 2)).sum(0))
+    return torch.stack(taps)
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return F.conv2d(x, weight, None, stride, weight.shape[2] // 2, 1, weight.shape[0])
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    """PyTorch's own gradients of (x, weight, bias), those that are wanted."""
+    pad, channels = weight.shape[2] // 2, weight.shape[0]
+    gradients = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (stride, stride), (pad, pad), (1, 1), False, (0, 0), channels, wanted
+    )
+    return cast(tuple[Tensor, ...], gradients)
+
+
+def _in_triton(x: Tensor) -> bool:
+    return x.device.type == "cuda" and compiles("cuda")
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------ what compilers and autograd see
+
+
+@forward.register_fake
+def _(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    return _fake(x, (batch, channels, -(-height // stride), -(-width // stride)))
+
+
+@input_gradient.register_fake
+def _(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    return _fake(grad, (*grad.shape[:2], height, width))
+
+
+@weight_gradient.register_fake
+def _(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
+    return x.new_empty((x.shape[1], 1, size, size), dtype=at_least_float32(x.new_empty(0)).dtype)
+
+
+def _fake(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    x, weight, ctx.stride = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    x_grad = input_gradient(grad, weight, *x.shape[2:], ctx.stride) if needs_x else None
+    weight_grad = weight_gradient(grad, x, weight.shape[2], ctx.stride).to(weight.dtype) if needs_weight else None
+    return x_grad, weight_grad, None
+
+
+forward.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,79 @@
+"""Passes over memory: functions of tensors compiled into one kernel each, C++ on the CPU and Triton on GPUs.
+
+`fused` marks such a function. It is written once, in plain PyTorch; `torch.compile` makes its kernel at the first
+call for a kind of input and keeps it on disk. Inside a larger compiled region the function is simply a part of it.
+Without a compiler it runs as it is written, and one warning says so.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WORTH_COMPILING = 2**16
+"""Tensors with fewer elements than this run uncompiled: a kernel's gain, below 0.2 ms, would not pay for making it."""
+KINDS_OF_INPUT = 256
+"""How many kinds of input (shapes, types, modes) one function may be compiled for; one more is an error, never a
+silent return to uncompiled code."""
+
+
+def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Compiles a function of tensors at its first call on a device that has a compiler; the first argument decides.
+
+    `dynamic`: one kernel for all sizes, else one for each. The function modifies no argument and passes no gradient.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, recompile_limit=KINDS_OF_INPUT)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling() or not _worth_compiling(args[0]):
+                return function(*args, **kwargs)
+            with torch.no_grad():
+                return compiled(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _worth_compiling(x: object) -> bool:
+    assert isinstance(x, Tensor)
+    return x.numel() >= WORTH_COMPILING and not isinstance(x, FakeTensor) and compiles(x.device.type)
+
+
+@cache
+def compiles(device_type: str) -> bool:
+    """Whether `torch.compile` has what it needs for a type of device; says so once where it has not."""
+    if device_type == "cpu":
+        found, needed = _has_cpp_compiler(), "a C++ compiler (g++ or clang++)"
+    else:
+        found, needed = _has_triton(), "Triton"
+    if not found:
+        warnings.warn(f"no fused kernels on {device_type}, which need {needed}: everything runs, slower", stacklevel=4)
+    return found
+
+
+def _has_cpp_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())

@@ -1,0 +1,1 @@
+"""Triton kernels, one module for each operator that has some. Imported only where Triton runs."""

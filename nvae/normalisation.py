@@ -1,0 +1,276 @@
+"""Batch norm with its activation, in as few passes over memory as there can be (spec §1; paper §3.4).
+
+Forward: one pass measures, one normalises and activates. Backward: one pass makes the activated input again, its
+slope and both sums; one makes the gradient of x. Only x is kept. `BatchNorm.into` carries this through a convolution.
+
+Shapes: B batch, C channels, H W space. Kernels see `rows`: (T, R, C), the B·H·W pixels of channels-last memory in T
+runs of R, so that sums over a run stay in registers and in the nearest cache.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .activations import ACTIVATIONS, Activation, with_slope
+from .convolutions import Conv2d, Geometry, convolve, for_autocast, input_gradient, parameter_gradients
+from .distributed import all_mean, world_size
+from .fusion import fused
+from .latents import at_least_float32
+
+LONGEST_RUN = 32
+
+Statistics = tuple[Tensor, Tensor]
+"""Mean and biased variance of a batch, (C,) each."""
+
+
+class BatchNorm(nn.Module):
+    """Batch norm (eps 1e-5, momentum 0.05, statistics over all ranks), then an activation.
+
+    The running variance is the unbiased one. `copies`: how many equal pixels of the published network each pixel
+    stands for, where enlarging comes later here than there; only the unbiased variance depends on it.
+    """
+
+    eps, momentum = 1e-5, 0.05
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, activation: Activation = "identity", *, copies: int = 1) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.copies = copies
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self._statistics: Statistics | None = None
+        self._replaying = False
+        self._alone = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), in the type of the input; statistics in float32."""
+        if not self.training:
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return ACTIVATIONS[self.activation](y)
+        x = x.contiguous(memory_format=torch.channels_last)
+        mean, var = self._batch_statistics(x)
+        return cast(Tensor, _Normalised.apply(x, self.weight, self.bias, mean, var, self.eps, self.activation))
+
+    def into(self, convolution: Conv2d, x: Tensor) -> Tensor:
+        """convolution(self(x)), keeping only x for the backward pass: (B, C, H, W) -> (B, O, H', W')."""
+        if not self.training:
+            return cast(Tensor, convolution(self(x)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        mean, var = self._batch_statistics(x)
+        norm = (self.weight, self.bias, mean, var, self.eps, self.activation)
+        kernel = for_autocast(convolution.effective_weight())
+        return cast(Tensor, _Convolved.apply(x, *norm, kernel, convolution.bias, convolution.geometry))
+
+    def _batch_statistics(self, x: Tensor) -> Statistics:
+        if not self._replaying:
+            self._statistics = self._measure(x)
+        assert self._statistics is not None
+        return self._statistics
+
+    @torch.no_grad()
+    def _measure(self, x: Tensor) -> Statistics:
+        """Mean and biased variance (C,) over B, H, W and ranks; advances the running statistics."""
+        mean, var = _moments(_rows(x.detach()))
+        ranks, momentum = (1, 1.0) if self._alone else (world_size(), self.momentum)
+        if ranks > 1:
+            # One collective; float64 because var = E[x²] − E[x]² cancels.
+            mean64, var64 = mean.double(), var.double()
+            moments = all_mean(torch.stack([mean64, var64 + mean64.square()]))
+            moments[1] -= moments[0].square()
+            mean, var = moments.to(mean.dtype).unbind()
+        count = x.numel() // x.shape[1] * ranks * self.copies
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+        self.num_batches_tracked.add_(1)
+        return mean, var
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_statistics": None}
+
+
+@contextmanager
+def recording(modules: list[BatchNorm], statistics: list[Statistics]) -> Iterator[None]:
+    """Leaves in `statistics` what each batch norm has measured within."""
+    yield
+    statistics.extend(module._statistics for module in modules if module._statistics is not None)
+
+
+@contextmanager
+def replaying(modules: list[BatchNorm], statistics: list[Statistics]) -> Iterator[None]:
+    """Within, batch norms use recorded `statistics`: nothing advances, no collective is repeated."""
+    for module, recorded in zip(modules, statistics, strict=True):
+        module._statistics = recorded
+        module._replaying = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._replaying = False
+
+
+@contextmanager
+def measuring(modules: list[BatchNorm]) -> Iterator[None]:
+    """Within, running statistics are those of the last pass of this rank alone, no average over passes and ranks."""
+    for module in modules:
+        module._alone = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._alone = False
+
+
+# ------------------------------------------------------------------------------------------------- through autograd
+
+
+class _Normalised(torch.autograd.Function):
+    """act(γ (x − mean)/sqrt(var + eps) + β), with mean and var those of x over B, H, W and ranks. Keeps only x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, activation: Activation
+    ) -> Tensor:
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        ctx.activation = activation
+        return _like(x, _normalised(_rows(x), mean, scale, weight, bias, activation, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *norm = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        _, gradients = _backward(x, grad, norm, ctx.activation, again=False)
+        return *gradients, None, None, None, None
+
+
+class _Convolved(torch.autograd.Function):
+    """convolve(act(γ (x − mean)/sqrt(var + eps) + β)), otherwise as `_Normalised`. Keeps only x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        activation: Activation,
+        kernel: Tensor,
+        kernel_bias: Tensor | None,
+        geometry: Geometry,
+    ) -> Tensor:
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, bias, mean, scale, kernel, kernel_bias)
+        ctx.activation, ctx.geometry = activation, geometry
+        y = _like(x, _normalised(_rows(x), mean, scale, weight, bias, activation, kernel.dtype))
+        return convolve(y, kernel, kernel_bias, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *norm, kernel, kernel_bias = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        y_grad = input_gradient(grad, x, kernel, ctx.geometry)
+        y, gradients = _backward(x, y_grad, norm, ctx.activation, again=True)
+        assert y is not None
+        kernel_grad, kernel_bias_grad = parameter_gradients(grad, y, kernel, kernel_bias, ctx.geometry)
+        return *gradients, None, None, None, None, kernel_grad, kernel_bias_grad, None
+
+
+def _backward(
+    x: Tensor, y_grad: Tensor, norm: list[Tensor], activation: Activation, *, again: bool
+) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    """The activated output where wanted `again`, and the gradients of (x, γ, β); `norm` is (γ, β, mean, 1/σ).
+
+    The gradients of γ and β are this rank's; their mean over ranks is what x's gradient needs.
+    """
+    weight, bias, mean, scale = norm
+    rows, rows_grad = _rows(x), _rows(y_grad)
+    y, u_grad, sums = _activation_backward(rows, rows_grad, mean, scale, weight, bias, activation, again)
+    means = all_mean(sums) / (x.numel() // x.shape[1])
+    x_grad = _input_gradient(rows, rows_grad if u_grad is None else u_grad, mean, scale, weight, means)
+    return None if y is None else _like(x, y), (_like(x, x_grad), sums[1], sums[0])
+
+
+# ------------------------------------------------------------------------------------------------ passes over memory
+
+
+@fused(dynamic=True)
+def _moments(rows: Tensor) -> Statistics:
+    """Mean and biased variance (C,). Sums are of distances to the mean of the first run, so that they don't cancel."""
+    start = at_least_float32(rows[0]).mean(0)
+    distance = at_least_float32(rows) - start
+    count = rows.shape[0] * rows.shape[1]
+    first = distance.sum(1).sum(0) / count
+    second = distance.square().sum(1).sum(0) / count
+    return start + first, (second - first.square()).clamp(min=0)
+
+
+@fused(dynamic=True)
+def _normalised(
+    rows: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: Activation,
+    dtype: torch.dtype,
+) -> Tensor:
+    u = (at_least_float32(rows) - mean) * (scale * weight) + bias
+    return ACTIVATIONS[activation](u).to(dtype)
+
+
+@fused(dynamic=True)
+def _activation_backward(
+    rows: Tensor,
+    y_grad: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: Activation,
+    again: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The activated output y where wanted `again`; the gradient of the activation's input u, if it is not that of y;
+    and (2, C): the sum of that gradient, and of its product with x̂."""
+    normalised = (at_least_float32(rows) - mean) * scale
+    y, slope = with_slope(activation, normalised * weight + bias)
+    u_grad = at_least_float32(y_grad) * slope
+    sums = torch.stack([u_grad.sum(1).sum(0), (u_grad * normalised).sum(1).sum(0)])
+    kept = None if activation == "identity" else u_grad.to(y_grad.dtype)
+    return y.to(y_grad.dtype) if again else None, kept, sums
+
+
+@fused(dynamic=True)
+def _input_gradient(rows: Tensor, u_grad: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, means: Tensor) -> Tensor:
+    """γ/σ · (u_grad − mean of it − x̂ · mean of it times x̂)."""
+    normalised = (at_least_float32(rows) - mean) * scale
+    centred = at_least_float32(u_grad) - means[0] - normalised * means[1]
+    return (centred * (scale * weight)).to(rows.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) in channels-last memory as (T, R, C), without a copy."""
+    batch, channels, height, width = x.shape
+    run = math.gcd(batch * height * width, LONGEST_RUN)
+    return x.permute(0, 2, 3, 1).reshape(-1, run, channels)
+
+
+def _like(x: Tensor, rows: Tensor) -> Tensor:
+    """The reverse of `_rows`, for the B, H, W of x."""
+    batch, channels, height, width = x.shape
+    return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
