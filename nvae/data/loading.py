@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ..config import UserError
 from ..randomness import derived_seed, keyed_uniform
 from .config import DataConfig
+from .fetching import Request, fetched
 from .images import Images, InMemory
 
 
@@ -25,15 +24,6 @@ class Batch:
     """(B, C, H, W) float32 in [0, 1] on the device: flipped, binarised and padded."""
     indices: list[int]
     """Training: the number of each draw among all ever drawn, over ranks and epochs. Evaluation: place in the split."""
-
-
-@dataclass
-class Request:
-    """Which images a batch takes, where they are cut, and the numbers their random choices are keyed on."""
-
-    positions: list[int]
-    indices: list[int]
-    crops: list[tuple[float, float]] | None = None
 
 
 class TrainingStream:
@@ -65,10 +55,11 @@ class TrainingStream:
 
         Micro-batch a of rank r holds draws start + (a·world + r)·batch and the batch − 1 after it.
         """
-        for pixels, request in _fetched(self.images, self._requests(start), self.config, self.device):
-            if self.config.flip:
+        config, requests = self.config, self._requests(start)
+        for pixels, request in _fetched(self.images, requests, config, config.batch, self.device):
+            if config.flip:
                 pixels = _flipped(pixels, request.indices, self.seed)
-            yield _finished(pixels, request.indices, self.images.levels, self.config, self.seed, "binarize")
+            yield _finished(pixels, request.indices, self.images.levels, config, self.seed, "binarize")
 
     def position(self, draw: int) -> int:
         """Place in the split of draw number `draw`."""
@@ -111,8 +102,18 @@ def evaluation_batches(
     first, last = (start + share * (stop - start) // world for share in (rank, rank + 1))
     places = (list(range(i, min(i + batch, last))) for i in range(first, last, batch))
     requests = (Request(positions=chosen, indices=chosen) for chosen in places)
-    for pixels, request in _fetched(images, requests, config, device):
+    for pixels, request in _fetched(images, requests, config, batch, device):
         yield _finished(pixels, request.indices, images.levels, config, seed, f"evaluation/{draw}")
+
+
+def _fetched(
+    images: Images, requests: Iterable[Request], config: DataConfig, largest: int, device: torch.device
+) -> Iterator[tuple[Tensor, Request]]:
+    """The pixels (B, C, H, W) uint8 of each request, on the device: indexed there, or read by loader processes."""
+    if isinstance(images, InMemory):
+        resident = InMemory(images.pixels.to(device), images.levels)
+        return ((resident.read(request.positions), request) for request in requests)
+    return fetched(images, requests, largest=largest, workers=config.workers, device=device)
 
 
 def _flipped(pixels: Tensor, indices: list[int], seed: int) -> Tensor:
@@ -129,50 +130,3 @@ def _finished(pixels: Tensor, indices: list[int], levels: int, config: DataConfi
     if config.binarize:
         grey = (keyed_uniform(grey.shape, indices, seed, stream, grey.device) < grey).to(torch.float32)
     return Batch(F.pad(grey, (config.padding,) * 4) if config.padding else grey, indices)
-
-
-# --------------------------------------------------------------------------------------------------------- fetching
-
-
-def _fetched(
-    images: Images, requests: Iterable[Request], config: DataConfig, device: torch.device
-) -> Iterator[tuple[Tensor, Request]]:
-    """The pixels (B, C, H, W) uint8 of each request, on the device, in order."""
-    if isinstance(images, InMemory):
-        resident = InMemory(images.pixels.to(device), images.levels)
-        for request in requests:
-            yield resident.read(request.positions), request
-        return
-    for pixels, request in _loader(images, requests, config.workers, pin=device.type == "cuda"):
-        if isinstance(pixels, str):
-            raise UserError(pixels)
-        yield pixels.to(device, non_blocking=True), request
-
-
-class _Reader(Dataset[tuple[Tensor | str, Request]]):
-    """Answers requests in a loader process. A UserError travels as its text: a raised one would bring a traceback."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitem__(self, request: Request) -> tuple[Tensor | str, Request]:
-        try:
-            return self.images.read(request.positions, request.crops), request
-        except UserError as error:
-            return str(error), request
-
-
-def _loader(
-    images: Images, requests: Iterable[Request], workers: int, pin: bool
-) -> Iterable[tuple[Tensor | str, Request]]:
-    """Requests answered by `workers` processes (none: by this one), ahead of time and in order."""
-    return DataLoader(
-        _Reader(images),
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        multiprocessing_context="spawn" if workers else None,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # its own: the global one must not depend on how often a loader starts
-    )

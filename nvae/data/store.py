@@ -146,9 +146,13 @@ class ShardFile:
     def __len__(self) -> int:
         return len(self._sizes)
 
+    def data(self, index: int) -> bytes:
+        """The image at `index`, encoded."""
+        return cast(bytes, self._data[int(self._ends[index]) : int(self._ends[index + 1])].tobytes())
+
     def image(self, index: int, channels: int, encoding: Encoding) -> Image.Image:
         """The image at `index`. Raises BadImage where it is damaged."""
-        data = self._data[int(self._ends[index]) : int(self._ends[index + 1])].tobytes()
+        data = self.data(index)
         if zlib.crc32(data) != self._crc[index]:
             raise BadImage("damaged: its checksum differs")
         height, width = (int(side) for side in self._sizes[index])
