@@ -317,6 +317,7 @@ class Evaluation:
             "kl_per_group": torch.stack([figures.kl.mean(0) for figures in self.draws]).mean(0).tolist(),
             "active_units_per_group": self.draws[0].active_units.tolist(),
             "likelihood": config.likelihood.model_dump(mode="json"),
+            "sums_to_one": config.likelihood.sums_to_one,
             "is_density": LIKELIHOODS[config.likelihood.kind].is_density,
         }
 

@@ -35,7 +35,7 @@ def enlarged(images: Tensor) -> Tensor:
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """(n, C, H, W) in rows of `columns`, enlarged where small: one RGB image (3, H', W') uint8."""
-    picture: Tensor = make_grid(to_bytes(enlarged(images)), nrow=columns, padding=2, pad_value=255)
+    picture: Tensor = make_grid(to_bytes(enlarged(images)), nrow=columns, padding=4, pad_value=128)
     return picture
 
 

@@ -1,0 +1,51 @@
+"""Arguments that evaluate.py and sample.py share."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .. import distributed
+from .subject import Subject, open_subject
+
+TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies ends the others
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """A parser that knows what to work on, and how."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder, checkpoint, or published checkpoint")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="recipe with the data of a bare checkpoint")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
+    parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--batch", type=natural, help="images encoded, or sampled, at once (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
+    parser.add_argument("--readjust", action="store_true", help="before sampling, fit batch norm to the temperature")
+    return parser
+
+
+def natural(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between."""
+    return [float(number) for number in text.split(",")]
+
+
+@contextmanager
+def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
+    """The subject the arguments name, on this rank's device; the ranks part when the block ends."""
+    device = distributed.start(distributed.device_type(args.device, "--device"), TIMEOUT_MINUTES)
+    try:
+        yield open_subject(
+            args.run, config=args.config, weights=args.weights, mixture_edge=args.mixture_edge, device=device
+        )
+    finally:
+        distributed.stop()

@@ -1,0 +1,95 @@
+"""sample.py reconstruct, interpolate, traverse, neighbours: strips of pictures, an image a row.
+
+Each takes what was asked on the command line, and yields a line for each file it has written.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import latent_space
+from ..config import UserError
+from ..data.loading import evaluation_batches
+from ..data.sets import open_images
+from ..data.splits import Split
+from ..distributed import rank
+from ..pictures import save_animation, save_png, strip
+from ..sampling import sample_images, temperature_of
+from .subject import Subject
+
+ROWS = 8
+
+
+def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
+    """Each image beside its reconstructions from the first k latent groups, for each k asked for (none: from all)."""
+    model = subject.model.for_inference()
+    images = images_of(subject, args.split, args.first, args.num or ROWS, seed=args.seed)
+    at = temperature_of(args.temperature[0], model)
+    found = [
+        latent_space.reconstruct(model, images, groups=groups, temperature=at, seed=args.seed) for groups in args.groups
+    ]
+    yield str(_save(subject, "reconstructions", torch.stack([cropped(subject, images), *found])))
+
+
+def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
+    """From each image to another one: a strip, and an animation."""
+    images = images_of(subject, args.split, args.first, 2 * (args.num or ROWS), seed=args.seed)
+    first, second = images.chunk(2)
+    frames = latent_space.interpolate(subject.model.for_inference(), first, second, args.steps, seed=args.seed)
+    still = _save(subject, "interpolation", frames)
+    yield str(still)
+    moving = still.with_suffix(args.animation)
+    if rank() == 0:
+        save_animation(moving, frames)
+    yield str(moving)
+
+
+def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
+    """Each image as one latent group is turned; the image as it is stands in the middle."""
+    images = images_of(subject, args.split, args.first, args.num or ROWS, seed=args.seed)
+    frames = latent_space.traverse(subject.model.for_inference(), images, args.group, args.steps, seed=args.seed)
+    yield str(_save(subject, f"traversal-group{args.group}", frames))
+
+
+def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
+    """Samples, each beside the training images nearest to it."""
+    model = subject.model.for_inference()
+    at = temperature_of(args.temperature[0], model)
+    samples = sample_images(model, range(args.num or ROWS), at, seed=args.seed)
+    data = subject.data.model_copy(update={"binarize": False, "padding": 0})
+    training = open_images(data, "train")
+    batches = evaluation_batches(training, data, batch=1024, device=subject.device, seed=args.seed)
+    _, positions = latent_space.nearest(samples, batches, args.nearest)
+    found = training.read(positions.T.flatten().tolist()).to(samples) / training.levels
+    found = found.reshape(args.nearest, *samples.shape)
+    yield str(_save(subject, "neighbours", torch.cat([samples[None], found])))
+
+
+def images_of(subject: Subject, split: Split, first: int, count: int, *, seed: int = 0) -> Tensor:
+    """Images `first` to `first + count` of a split as the model takes them, (n, C, H, W) in [0, 1].
+
+    Raises UserError where the split does not hold them.
+    """
+    images = open_images(subject.data, split)
+    if not 0 <= first <= len(images) - count:
+        raise UserError(f"the {split} split has {len(images)} images; found --first {first} and {count} from there on")
+    chosen = evaluation_batches(
+        images, subject.data, batch=count, device=subject.device, seed=seed, start=first, stop=first + count
+    )
+    return torch.cat([batch.images for batch in chosen])
+
+
+def cropped(subject: Subject, images: Tensor) -> Tensor:
+    """Images (…, H, W) without the border that is padding."""
+    border = subject.model.config.likelihood.border
+    return images[..., border : images.shape[-2] - border, border : images.shape[-1] - border]
+
+
+def _save(subject: Subject, name: str, frames: Tensor) -> Path:
+    path = subject.folder / "samples" / f"{name}.png"
+    if rank() == 0:
+        save_png(path, strip(frames))
+    return path

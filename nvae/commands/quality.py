@@ -1,0 +1,96 @@
+"""evaluate.py --fid: samples against the training set, into results.json."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.loading import evaluation_batches
+from ..data.sets import open_images
+from ..distributed import barrier, from_rank_zero, rank, world_size
+from ..fid import Extractors, Networks, Statistics, cached, metrics, statistics
+from ..models.base import Family, Temperature
+from ..results import circumstances, key_of, read_results, record
+from ..sampling import sample_images, shares, temperature_of
+from .latents import cropped
+from .samples import model_at
+from .subject import Subject
+
+Numbered = Iterator[tuple[Sequence[int], Tensor]]
+
+
+def evaluate_fid(
+    subject: Subject,
+    temperature: Sequence[float],
+    samples: int,
+    seed: int = 0,
+    batch: int | None = None,
+    readjust: bool = False,
+    *,
+    networks: Networks | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """The entry of results.json for samples at a temperature: found there, or measured now by all ranks and added.
+
+    Pixels are drawn from the likelihood. The training set's statistics are kept in `cache` (None: beside torch's
+    downloads), for all models of that set.
+    """
+    networks = networks or Networks()
+    identity = {
+        "data": subject.data.name,
+        "metric": "fid",
+        "temperature": list(temperature),
+        "samples": samples,
+        "seed": seed,
+        "readjusted": readjust,
+        "networks": "+".join(vars(networks).values()),
+        "weights": subject.weights,
+        "model": subject.fingerprint,
+    }
+    results, key = subject.folder / "results.json", key_of(identity)
+    known: dict[str, Any] | None = from_rank_zero(read_results(results).get(key))
+    if known is not None:
+        return known
+    extractors = Extractors(networks, subject.device)
+    size = batch or subject.data.batch
+    model = model_at(subject, temperature, readjust=readjust, seed=seed)
+    drawn = _samples(model, temperature_of(temperature, model), samples, size, seed)
+    found = metrics(
+        statistics(drawn, samples, extractors), _training(subject, size, extractors, cache or default_cache())
+    )
+    entry = {**identity, "metrics": found, "checkpoint": subject.checkpoint.name, **circumstances(subject.device)}
+    if rank() == 0:
+        record(results, key, entry)
+    barrier()
+    return entry
+
+
+def default_cache() -> Path:
+    """Where torch keeps what it fetched."""
+    return Path(torch.hub.get_dir()).parent / "nvae-fid"
+
+
+def _samples(model: Family[Any], temperature: Temperature, count: int, batch: int, seed: int) -> Numbered:
+    for numbers in tqdm(list(shares(count, batch)), "sampling", unit="batch", disable=rank() != 0):
+        yield numbers, sample_images(model, numbers, temperature, seed=seed, pixels="draw")
+
+
+def _training(subject: Subject, batch: int, extractors: Extractors, cache: Path) -> Statistics:
+    """The statistics of the training set, without flips and without padding."""
+    images, data = open_images(subject.data, "train"), subject.data
+
+    def numbered() -> Numbered:
+        shares = evaluation_batches(
+            images, data, batch=batch, device=subject.device, seed=0, rank=rank(), world=world_size()
+        )
+        for part in tqdm(shares, "training set", unit="batch", disable=rank() != 0):
+            yield part.indices, cropped(subject, part.images)
+
+    what = [data.model_dump(mode="json", exclude={"batch", "global_batch", "workers", "memory", "flip"}), len(images)]
+    digest = hashlib.sha256(json.dumps([what, vars(extractors.networks)]).encode()).hexdigest()[:16]
+    return cached(cache / f"{data.name}-{digest}.safetensors", lambda: statistics(numbered(), len(images), extractors))

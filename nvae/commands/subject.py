@@ -1,0 +1,91 @@
+"""What evaluate.py and sample.py work on: a trained model, the data it is for, and where results go."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..config import UserError
+from ..data.config import DataConfig
+from ..likelihoods import MixtureEdge
+from ..loading import Weights, checkpoint_file, load_model
+from ..models.base import Family
+from ..results import fingerprint
+from ..run import AnyRunConfig, load_run, read_run_config, run_config
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode on its device, and what belongs to it."""
+
+    model: Family[Any]
+    config: AnyRunConfig | None
+    """Of the run; None for a bare checkpoint."""
+    checkpoint: Path
+    folder: Path
+    """The run's, or one beside a bare checkpoint."""
+    weights: Weights
+    """`ema` only where there is an average."""
+    device: torch.device
+
+    @property
+    def data(self) -> DataConfig:
+        """Raises UserError where a bare checkpoint came without a config."""
+        if self.config is None:
+            raise UserError(f"{self.checkpoint}: says nothing of its data; name a recipe with --config configs/….yaml")
+        data: DataConfig = self.config.data
+        return data
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, as loaded."""
+        return fingerprint(self.model)
+
+    def autocast(self, precision: Precision) -> AbstractContextManager[Any]:
+        """The context in which the model computes in a precision. Raises UserError for fp16 without CUDA."""
+        if precision == "fp32":
+            return nullcontext()
+        if precision == "fp16" and self.device.type != "cuda":
+            raise UserError("--precision: fp16 needs a CUDA device; on the CPU use fp32 or bf16")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+
+def open_subject(
+    path: Path,
+    *,
+    config: Path | None = None,
+    weights: Weights = "ema",
+    mixture_edge: MixtureEdge | None = None,
+    device: torch.device,
+) -> Subject:
+    """A run folder, a checkpoint of one, or any other checkpoint (`config`, a recipe, then says what data it is for).
+
+    Raises UserError for what cannot be loaded, and for a recipe whose data is not what the model takes.
+    """
+    checkpoint = checkpoint_file(path)
+    run_folder = checkpoint.parent.parent
+    in_a_run = (run_folder / "config.yaml").is_file() and checkpoint.parent.name == "checkpoints"
+    recipe = None
+    if config is not None:
+        recipe = read_run_config(config, [])
+    elif in_a_run:
+        recipe = load_run(run_folder)
+    model = load_model(checkpoint, recipe.model if recipe else None, mixture_edge, weights).to(device)
+    if recipe is not None:
+        plain = {**recipe.model_dump(mode="json"), "model": model.config.model_dump(mode="json")}
+        recipe = run_config(plain, f"{checkpoint} with the data of {config or run_folder / 'config.yaml'}")
+    averaged = in_a_run and recipe is not None and recipe.optim.ema is not None
+    return Subject(
+        model=model,
+        config=recipe,
+        checkpoint=checkpoint,
+        folder=run_folder if in_a_run else checkpoint.with_suffix(""),
+        weights=weights if averaged else "raw",
+        device=device,
+    )
