@@ -1,6 +1,7 @@
 """One door for weights: `load_model` takes a run folder, a checkpoint of ours, or a published one."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,9 @@ Weights = Literal["ema", "raw"]
 class PublishedFormat(Protocol):
     """How the published code of a family writes its checkpoints."""
 
+    FAMILY: type[Family[Any]]
+    """Of its models."""
+
     def is_published(self, content: dict[str, Any]) -> bool:
         """True for a checkpoint of that code."""
 
@@ -24,6 +28,12 @@ class PublishedFormat(Protocol):
         self, content: dict[str, Any], edge: MixtureEdge = ..., config: ModelConfig | None = ...
     ) -> Family[Any]:
         """Its model, in eval mode; `config` where the checkpoint carries none. Raises UserError."""
+
+    def origin(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What else it says: plain values that a converted checkpoint keeps, for `content_of` to say again."""
+
+    def content_of(self, model: Any, origin: Mapping[str, Any], dataset: str | None) -> dict[str, Any]:
+        """The published checkpoint of a model; `dataset` names its set, where that code does. Raises UserError."""
 
 
 PUBLISHED_FORMATS: tuple[PublishedFormat, ...] = (published, published_vdvae)
@@ -46,12 +56,16 @@ def load_model(
     try:
         if is_ours(content):
             return _ours(content, mixture_edge, weights)
-        for form in PUBLISHED_FORMATS:
-            if form.is_published(content):
-                return _published(form, content, mixture_edge, known)
+        if (form := published_format(content)) is not None:
+            return _published(form, content, mixture_edge, known)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"{path}: neither a checkpoint of this package nor a published one")
+
+
+def published_format(content: dict[str, Any]) -> PublishedFormat | None:
+    """The published code that wrote a checkpoint; None for one that none did."""
+    return next((form for form in PUBLISHED_FORMATS if form.is_published(content)), None)
 
 
 def checkpoint_file(path: Path) -> Path:

@@ -5,7 +5,7 @@ numbered with one running index over cells, combiners and resampling cells.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -16,14 +16,17 @@ from .config import UserError, user_error
 from .convolutions import Conv2d
 from .layers import BatchNorm, DownSkip, UpSkip
 from .likelihoods import LikelihoodConfig, MixtureEdge
-from .models.base import ModelConfig
+from .models.base import Family, ModelConfig
 from .models.nvae import NVAE, LatentGroup, NVAEConfig
 from .renaming import load_renamed, renamed
 
+FAMILY: type[Family[Any]] = NVAE
 SAFE_TYPES = (argparse.Namespace,)
 REDUNDANT = ".weight_normalized"
 GREY = ("mnist", "omniglot")
 PADDED = (*GREY, "stacked_mnist")
+USUAL_SET = {(1, 32): "mnist", (3, 32): "cifar10", (3, 64): "celeba_64", (3, 256): "celeba_256"}
+"""The published set of a number of channels and an image size, where no name is given."""
 LEAF_NAMES: dict[type[nn.Module], dict[str, str]] = {
     Conv2d: {"weight": "weight", "bias": "bias", "log_gain": "log_weight_norm"},
     BatchNorm: {k: k for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
@@ -239,6 +242,24 @@ def from_published(content: dict[str, Any], edge: MixtureEdge = "published", con
     load_renamed(model, tensors, tensor_names(model), "args")
     model.mark_loaded()
     return model.eval()
+
+
+def origin(content: dict[str, Any]) -> dict[str, Any]:
+    """The set a published checkpoint was trained on, and how long."""
+    return {"dataset": content["args"].dataset, "epoch": content["epoch"], "global_step": content["global_step"]}
+
+
+def content_of(model: NVAE, origin: Mapping[str, Any], dataset: str | None = None) -> dict[str, Any]:
+    """The published checkpoint of a model: of the set named, or the one it came from, or the usual one of its size."""
+    name = dataset or origin.get("dataset") or _usual_set(model.config)
+    return to_published(model, name, origin.get("epoch", 0), origin.get("global_step", 0))
+
+
+def _usual_set(config: NVAEConfig) -> str:
+    key = (config.image_channels, config.image_size)
+    if key not in USUAL_SET:
+        raise UserError(f"--dataset: needed, no published set has {key[0]} × {key[1]} × {key[1]} images by default")
+    return USUAL_SET[key]
 
 
 def to_published(model: NVAE, dataset: str, epoch: int = 0, global_step: int = 0) -> dict[str, Any]:

@@ -4,17 +4,18 @@ Their names appear here and nowhere else. Such a checkpoint, of the weights or o
 dict; hyper-parameters come from a config.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from .config import UserError
 from .likelihoods import MixtureEdge
-from .models.base import ModelConfig
+from .models.base import Family, ModelConfig
 from .models.vdvae import VDVAE, Block, EncoderBlock, LatentBlock, VDVAEConfig
 from .renaming import load_renamed, renamed
 
+FAMILY: type[Family[Any]] = VDVAE
 WRAPPER = "module."
 HALLMARK = "encoder.in_conv.weight"
 
@@ -42,6 +43,18 @@ def from_published(
     tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in content.items()}
     load_renamed(model, tensors, tensor_names(model), "config")
     return model.eval()
+
+
+def origin(content: dict[str, Any]) -> dict[str, Any]:
+    """Nothing: a state dict says no more."""
+    return {}
+
+
+def content_of(model: VDVAE, origin: Mapping[str, Any], dataset: str | None = None) -> dict[str, Any]:
+    """The published state dict of a model. Raises UserError for a data set's name."""
+    if dataset is not None:
+        raise UserError("--dataset: a published Very Deep VAE does not say what it was trained on, leave it out")
+    return to_published(model)
 
 
 def to_published(model: VDVAE) -> dict[str, Tensor]:

@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nvae.checkpoint import read_safely
+from nvae.config import Config, UserError, dump_yaml
+from nvae.conversion import convert
 from nvae.likelihoods import LikelihoodConfig
 from nvae.loading import load_model
+from nvae.models.nvae import NVAEConfig
 from nvae.models.vdvae import VDVAE, VDVAEConfig
 from nvae.published_vdvae import from_published, to_published
 
@@ -162,3 +165,38 @@ def test_the_one_door_loads_it_with_a_config_and_says_where_its_likelihood_errs(
         case.config.likelihood.bits < 8
     )
     assert load_model(case.file, config=case.config, mixture_edge="right").config.likelihood.edge == "right"
+
+
+def test_converting_to_ours_and_back_gives_back_every_tensor_bitwise(case: Case, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml(Recipe(model=case.config)))
+    convert(case.file, tmp_path / "ours.pt", config=recipe)
+    assert load_model(tmp_path / "ours.pt").config == case.config
+    convert(tmp_path / "ours.pt", tmp_path / "back.th")
+    back = read_safely(tmp_path / "back.th")
+    for name, tensor in read_safely(case.file).items():
+        assert torch.equal(back[name], tensor), name
+
+
+class Recipe(Config):
+    model: VDVAEConfig
+
+
+def test_without_a_config_it_is_refused_in_a_sentence(case: Case) -> None:
+    with pytest.raises(UserError, match="carries no hyper-parameters: give the config of its recipe"):
+        load_model(case.file)
+
+
+def test_a_config_of_another_model_is_refused_and_named(case: Case) -> None:
+    with pytest.raises(UserError, match="of family 'nvae'"):
+        load_model(case.file, config=NVAEConfig())
+    other = case.config.model_copy(update={"width": 2 * case.config.width})
+    with pytest.raises(UserError, match=r"state_dict: .* is .*, the config makes it"):
+        load_model(case.file, config=other)
+
+
+def test_a_leading_module_is_taken_off(case: Case, tmp_path: Path) -> None:
+    torch.save({f"module.{name}": tensor for name, tensor in read_safely(case.file).items()}, tmp_path / "model.th")
+    ours = load_model(tmp_path / "model.th", config=case.config, mixture_edge="right").state_dict()
+    for name, tensor in case.model().state_dict().items():
+        assert torch.equal(ours[name], tensor)
