@@ -1,13 +1,12 @@
 """How fast images come: resident sets per batch, prepared stores against the decoder alone.
 
-Call these from a script under `if __name__ == "__main__"`: they start processes by `spawn`.
+Call these from a script under `if __name__ == "__main__"`: they start processes.
 """
 
 import time
 from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from .config import DataConfig
+from .fetching import processes_context
 from .images import InMemory
 from .loading import TrainingStream
 from .store import ShardFile, read_index
@@ -55,7 +55,7 @@ def decoder_rate(store: Path, processes: int = 0, seconds: float = 10.0) -> floa
     """
     if processes == 0:
         return _decode(store, seconds)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=processes_context()) as pool:
         return sum(pool.map(_decode, [store] * processes, [seconds] * processes))
 
 

@@ -6,9 +6,11 @@ decoding them costs.
 Shapes: B images of a request, C channels, H W pixels.
 """
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
+from multiprocessing.context import BaseContext
 from typing import Any, cast
 
 import torch
@@ -62,7 +64,7 @@ def _from_processes(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH,
-        multiprocessing_context="spawn",
+        multiprocessing_context=processes_context(),
         generator=torch.Generator(),  # its own: the global one must not depend on how often a loader starts
     )
     try:
@@ -74,6 +76,18 @@ def _from_processes(
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise UserError("data.workers: a loader process was killed, by a lack of memory perhaps; lower it") from error
+
+
+def processes_context() -> BaseContext:
+    """How processes that read images are started: forked from a server that has imported what they need.
+
+    Forking this process would copy threads and a GPU's state half-way; where there is no such server, `spawn`.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _shared_memory(count: int, largest: int, shape: tuple[int, int, int]) -> Tensor:

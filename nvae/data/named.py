@@ -6,6 +6,7 @@ images are.
 """
 
 import pickle
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def stacked_mnist(path: Path, config: DataConfig, split: Split) -> Source:
 
 def omniglot(path: Path, config: DataConfig, split: Split) -> Source:
     """OMNIGLOT at 28×28, the chardata.mat of Burda et al. 2016: one image a column, itself column by column."""
-    import scipy.io
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     file = path if path.suffix == ".mat" else path / "chardata.mat"
     if not file.exists():
@@ -82,9 +84,8 @@ def omniglot(path: Path, config: DataConfig, split: Split) -> Source:
         )
     key = "data" if split == "train" else "testdata"
     try:
-        columns = scipy.io.loadmat(file, variable_names=[key])[key]
-        grey = columns.T.reshape(-1, 28, 28).swapaxes(1, 2)
-    except (ValueError, TypeError, KeyError, OSError, NotImplementedError, IndexError) as error:
+        grey = loadmat(file, variable_names=[key])[key].T.reshape(-1, 28, 28).swapaxes(1, 2)
+    except (MatReadError, ValueError, TypeError, KeyError, OSError, NotImplementedError, zlib.error) as error:
         raise UserError(f"data.path: {file} is damaged, or not the chardata.mat of 28×28 OMNIGLOT: {error}") from error
     return ArraySource(np.rint(255 * grey).astype(np.uint8), "omniglot")
 

@@ -42,7 +42,11 @@ def _entries_by_split(path: Path) -> Mapping[Split, Opener]:
     """Splits that are entries of a folder: train/, validation.lmdb, test.zip, …"""
     entries = [e for e in sorted(path.iterdir()) if not e.name.startswith(".") and (e.is_dir() or e.suffix in READERS)]
     splits = [spelt(entry.stem) for entry in entries]
-    found = {split: partial(_all_of, entry) for split, entry in zip(splits, entries, strict=True) if split is not None}
+    found = {
+        split: partial(_all_of, entry, within=path)
+        for split, entry in zip(splits, entries, strict=True)
+        if split is not None
+    }
     return told_apart(found, others=None in splits)
 
 
@@ -65,10 +69,12 @@ def _named(path: Path, names: list[str]) -> Source:
     raise UserError(f"data.lists: names of images mean something in a folder or a zip, and {path} is neither")
 
 
-def _all_of(path: Path) -> Source:
-    """All images at a path."""
+def _all_of(path: Path, within: Path | None = None) -> Source:
+    """All images at a path; those of a folder are called by their place `within` another."""
     if path.is_dir() and not (path / "data.mdb").exists():
-        return _some(FolderSource(path, image_files(path)), path)
+        root = within or path
+        below = path.relative_to(root)
+        return _some(FolderSource(root, [(below / name).as_posix() for name in image_files(path)]), path)
     if path.is_dir():
         return LmdbSource.open(path)
     if path.suffix not in READERS:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from ..config import UserError, apply_overrides, read_yaml, validate
 from .config import DataConfig
 from .decoding import BadImage, Shaping
+from .fetching import processes_context
 from .named import SETS
 from .sets import open_source, own_splits, shaping
 from .sources import Source
@@ -224,7 +224,7 @@ def _in_processes(
     if count <= 1:
         yield from ((place, call(*arguments)) for place, (call, arguments) in enumerate(calls))
         return
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count, mp_context=processes_context()) as pool:
         futures: dict[Future[T], int] = {pool.submit(call, *given): i for i, (call, given) in enumerate(calls)}
         try:
             for future in as_completed(futures):

@@ -1,0 +1,162 @@
+"""Folders, zips and LMDBs: what counts as an image, and what is said of what can't be read."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nvae.config import UserError
+from nvae.data.decoding import BadImage, Shaping
+from nvae.data.images import BadImagesError, read_all
+from nvae.data.sources import FolderSource, LmdbSource, Shaped, ZipSource, image_files, zipped_images
+
+from .stand_ins import file_bytes, image_folder, noise, published_lmdb, smooth, write_lmdb, zipped
+
+
+def test_a_folder_is_searched_at_any_depth_and_in_one_order(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["b.png", "a/z.PNG", "a/b/c.jpeg", "d.webp", "notes.txt"])
+    assert image_files(tmp_path) == ["a/b/c.jpeg", "a/z.PNG", "b.png", "d.webp"]
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["a.png", "._a.png", ".cache/b.png", "__MACOSX/a.png"])
+    assert image_files(tmp_path) == ["a.png"]
+
+
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    image_folder(tmp_path / "elsewhere", ["a.png"])
+    image_folder(tmp_path / "set", ["b.png"])
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set")
+    assert image_files(tmp_path / "set") == ["b.png", "link/a.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_folder(tmp_path, ["a.png", "locked/b.png"])
+    scandir = os.scandir
+
+    def refuse(path: str) -> Iterator[Any]:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        image_files(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(BadImage, match="cannot be read: Permission denied"):
+        FolderSource(tmp_path, ["a.png"]).load(0)
+
+
+def test_a_zip_reads_as_the_folder_it_holds(tmp_path: Path) -> None:
+    names = ["set/a.png", "set/b/c.png"]
+    root = image_folder(tmp_path / "files", names)
+    path = zipped(tmp_path / "x.zip", {name: (root / name).read_bytes() for name in names})
+    from_zip, from_folder = ZipSource(path, zipped_images(path)), FolderSource(root, image_files(root))
+    assert from_zip.names == from_folder.names
+    for i in range(2):
+        assert np.array_equal(np.asarray(from_zip.load(i)), np.asarray(from_folder.load(i)))
+
+
+def test_a_truncated_zip_is_refused(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", {"a.png": file_bytes(smooth(8, 8))})
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"x\.zip is damaged, or not a zip"):
+        zipped_images(path)
+
+
+def test_a_damaged_member_of_a_zip_is_a_bad_image(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", {"a.png": file_bytes(smooth(8, 8))})
+    data = bytearray(path.read_bytes())
+    data[60] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(BadImage, match=r"cannot be read from x\.zip: Bad CRC-32"):
+        ZipSource(path, ["a.png"]).load(0)
+
+
+def test_a_published_lmdb_of_raw_squares_keeps_their_pixels(tmp_path: Path) -> None:
+    images = noise(12, 8, 8, 3)
+    source = LmdbSource.open(published_lmdb(tmp_path / "train.lmdb", [image.tobytes() for image in images]))
+    assert np.array_equal(np.stack([np.asarray(source.load(i)) for i in range(12)]), images)
+
+
+def test_a_published_lmdb_of_image_files_is_decoded(tmp_path: Path) -> None:
+    pictures = [smooth(20, 20, i) for i in range(3)]
+    source = LmdbSource.open(published_lmdb(tmp_path / "train.lmdb", map(file_bytes, pictures)))
+    assert [np.array_equal(source.load(i), p) for i, p in enumerate(pictures)] == [True] * 3
+
+
+def test_a_single_image_file_whose_length_is_three_squares_is_still_a_file(tmp_path: Path) -> None:
+    data = file_bytes(smooth(20, 20))
+    side = next(side for side in range(10**3) if 3 * side**2 >= len(data))
+    path = write_lmdb(tmp_path / "x.lmdb", {b"0": data + bytes(3 * side**2 - len(data))})
+    assert LmdbSource.open(path).load(0).size == (20, 20)
+
+
+def test_the_length_of_an_lmdb_is_its_number_of_entries(tmp_path: Path) -> None:
+    """Key "10" sorts before "2": positions are numbers, not places in the file."""
+    path = published_lmdb(tmp_path / "train.lmdb", [noise(4, 4, 3, seed=i).tobytes() for i in range(11)])
+    source = LmdbSource.open(path)
+    assert (len(source), source.name(10)) == (11, "train.lmdb/10")
+
+
+def test_a_missing_key_of_an_lmdb_is_named(tmp_path: Path) -> None:
+    values = {b"%d" % i: noise(4, 4, 3).tobytes() for i in (0, 1, 2, 4, 5)}
+    images = Shaped(LmdbSource.open(write_lmdb(tmp_path / "train.lmdb", values)), Shaping(4, 3))
+    with pytest.raises(BadImagesError, match=r"train\.lmdb/3: no such key in the LMDB"):
+        read_all(images)
+
+
+def test_an_odd_entry_of_a_raw_lmdb_is_a_bad_image(tmp_path: Path) -> None:
+    values = [noise(4, 4, 3).tobytes()] * 40
+    values[1] = b"short"  # not among the sixteen that are looked at first
+    source = LmdbSource.open(published_lmdb(tmp_path / "train.lmdb", values))
+    with pytest.raises(BadImage, match="5 bytes; other entries are raw RGB of 4×4 pixels"):
+        source.load(1)
+
+
+def test_a_folder_that_is_no_lmdb_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.lmdb").mkdir()
+    with pytest.raises(UserError, match=r"x\.lmdb cannot be opened as an LMDB"):
+        LmdbSource.open(tmp_path / "x.lmdb")
+
+
+def test_an_empty_lmdb_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an LMDB without entries"):
+        LmdbSource.open(write_lmdb(tmp_path / "x.lmdb", {}))
+
+
+def test_two_sources_share_an_lmdb(tmp_path: Path) -> None:
+    path = published_lmdb(tmp_path / "train.lmdb", [noise(4, 4, 3).tobytes()] * 2)
+    first, second = LmdbSource.open(path), LmdbSource.open(path)
+    assert first.load(0).tobytes() == second.load(1).tobytes()
+
+
+def test_sources_travel_to_other_processes_after_use(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "files", ["a.png"])
+    archive = zipped(tmp_path / "x.zip", {"a.png": (root / "a.png").read_bytes()})
+    database = write_lmdb(tmp_path / "x.lmdb", {b"a": (root / "a.png").read_bytes()})
+    for source in (FolderSource(root, ["a.png"]), ZipSource(archive, ["a.png"]), LmdbSource.open(database)):
+        before = source.load(0).tobytes()
+        assert pickle.loads(pickle.dumps(source)).load(0).tobytes() == before
+
+
+def test_every_bad_image_is_named_at_once(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "c.png").write_text("text")
+    images = Shaped(FolderSource(tmp_path, image_files(tmp_path)), Shaping(32, 3))
+    with pytest.raises(BadImagesError) as caught:
+        read_all(images)
+    assert caught.value.problems == ["b.png: empty file", "c.png: not a PNG, JPEG or WebP image"]
+    assert "2 images can't be used" in str(caught.value)
