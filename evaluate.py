@@ -47,7 +47,7 @@ def run(subject: Subject, args: Namespace) -> str:
         entry = evaluate_fid(subject, args.temperature, args.num, args.seed, args.batch, args.readjust)
         return quality_table(entry)
     samples = samples_for(subject, args.importance_samples)
-    asked = Measurement(args.split, samples, args.seed, args.draws, args.limit, args.precision)
+    asked = Measurement(args.split, samples, args.seed, args.draws, args.limit)
     return table(evaluate_bounds(subject, asked, args.batch, args.rows, args.compile))
 
 

@@ -12,16 +12,16 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16", "mixed"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def precision_on(device: torch.device, wanted: Precision) -> Precision:
-    """What `mixed` means on a device. Raises UserError where the device lacks what was asked for."""
+def precision_on(device: torch.device, wanted: Precision, field: str = "train.precision") -> Precision:
+    """What `mixed` means on a device. Raises UserError, naming the field, where the device lacks what was asked for."""
     on_gpu = device.type == "cuda"
     if wanted == "fp16" and not on_gpu:
-        raise UserError("train.precision: fp16 needs a CUDA device; on the CPU use fp32 or bf16")
+        raise UserError(f"{field}: fp16 needs a CUDA device; on the CPU use fp32 or bf16")
     if wanted in ("bf16", "mixed") and on_gpu:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
         if wanted == "bf16":
-            raise UserError(f"train.precision: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or mixed")
+            raise UserError(f"{field}: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or mixed")
         return "fp16"
     return "fp32" if wanted == "mixed" else wanted
 

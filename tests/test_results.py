@@ -27,6 +27,7 @@ def entry_of(data: str = "cifar10", **changes: Any) -> dict[str, Any]:
         torch.arange(4), four - 5, torch.full((4, 2), 2.5), torch.full((2, 3), 1.0), {1: four, 1000: four - 9}
     )
     base = {"data": data, "split": "test", "importance_samples": 1000, "draws": 1, "weights": "ema", "limit": None}
+    base |= {"checkpoint": "step-1.pt"}
     return {**base, **Evaluation([figures]).entry(config), **changes}
 
 

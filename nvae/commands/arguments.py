@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from .. import distributed
+from ..precision import Precision
 from .subject import Subject, open_subject
 
 TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies ends the others
@@ -19,7 +21,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
     parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of bounds and samples")
     parser.add_argument("--batch", type=natural, help="images encoded, or sampled, at once (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
     parser.add_argument("--readjust", action="store_true", help="before sampling, fit batch norm to the temperature")
@@ -45,7 +47,12 @@ def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
     device = distributed.start(distributed.device_type(args.device, "--device"), TIMEOUT_MINUTES)
     try:
         yield open_subject(
-            args.run, config=args.config, weights=args.weights, mixture_edge=args.mixture_edge, device=device
+            args.run,
+            config=args.config,
+            weights=args.weights,
+            mixture_edge=args.mixture_edge,
+            device=device,
+            precision=args.precision,
         )
     finally:
         distributed.stop()

@@ -14,7 +14,7 @@ from ..data.splits import Split
 from ..distributed import barrier, from_rank_zero, rank, world_size
 from ..evaluation import evaluate, has_importance_weights
 from ..results import circumstances, key_of, read_results, record
-from .subject import Precision, Subject
+from .subject import Subject
 
 DEFAULT_SAMPLES = 100
 
@@ -30,7 +30,6 @@ class Measurement:
     """Test draws of a binarised set."""
     limit: int | None = None
     """Only the first so many images."""
-    precision: Precision = "fp32"
 
 
 def samples_for(subject: Subject, asked: int | None) -> int:
@@ -76,7 +75,7 @@ def evaluate_bounds(
     model = subject.model.for_inference()
     if compile_model:
         model.compile_parts()
-    with subject.autocast(asked.precision):
+    with subject.autocast():
         evaluation = evaluate(
             model,
             batches,
@@ -101,6 +100,7 @@ def _identity(subject: Subject, asked: Measurement) -> dict[str, Any]:
     return {
         "data": subject.data.name,
         **asdict(asked),
+        "precision": subject.precision,
         "weights": subject.weights,
         "edge": subject.model.config.likelihood.edge,
         "model": subject.fingerprint,

@@ -14,7 +14,6 @@ from ..data.loading import evaluation_batches
 from ..data.sets import open_images
 from ..distributed import barrier, from_rank_zero, rank, world_size
 from ..fid import Extractors, Networks, Statistics, cached, metrics, statistics
-from ..models.base import Family, Temperature
 from ..results import circumstances, key_of, read_results, record
 from ..sampling import sample_images, shares, temperature_of
 from .latents import cropped
@@ -49,6 +48,7 @@ def evaluate_fid(
         "seed": seed,
         "readjusted": readjust,
         "networks": "+".join(vars(networks).values()),
+        "precision": subject.precision,
         "weights": subject.weights,
         "model": subject.fingerprint,
     }
@@ -59,9 +59,16 @@ def evaluate_fid(
     extractors = Extractors(networks, subject.device)
     size = batch or subject.data.batch
     model = model_at(subject, temperature, readjust=readjust, seed=seed)
-    drawn = _samples(model, temperature_of(temperature, model), samples, size, seed)
+    at = temperature_of(temperature, model)
+
+    def drawn() -> Numbered:
+        for numbers in tqdm(list(shares(samples, size)), "sampling", unit="batch", disable=rank() != 0):
+            with subject.autocast():
+                images = sample_images(model, numbers, at, seed=seed, pixels="draw")
+            yield numbers, images
+
     found = metrics(
-        statistics(drawn, samples, extractors), _training(subject, size, extractors, cache or default_cache())
+        statistics(drawn(), samples, extractors), _training(subject, size, extractors, cache or default_cache())
     )
     entry = {**identity, "metrics": found, "checkpoint": subject.checkpoint.name, **circumstances(subject.device)}
     if rank() == 0:
@@ -73,11 +80,6 @@ def evaluate_fid(
 def default_cache() -> Path:
     """Where torch keeps what it fetched."""
     return Path(torch.hub.get_dir()).parent / "nvae-fid"
-
-
-def _samples(model: Family[Any], temperature: Temperature, count: int, batch: int, seed: int) -> Numbered:
-    for numbers in tqdm(list(shares(count, batch)), "sampling", unit="batch", disable=rank() != 0):
-        yield numbers, sample_images(model, numbers, temperature, seed=seed, pixels="draw")
 
 
 def _training(subject: Subject, batch: int, extractors: Extractors, cache: Path) -> Statistics:

@@ -18,10 +18,11 @@ from ..distributed import gather_objects, rank
 from ..models.base import Family
 from ..pictures import grid, save_png, to_bytes
 from ..sampling import Pixels, readjust_cached, sample_images, shares, temperature_of
-from .subject import Precision, Subject
+from .subject import Subject
 
 Format = Literal["png", "npz"]
 MOST_COLUMNS = 10
+READJUSTMENT = {"batches": 500, "batch": 16}
 
 
 def write_all(subject: Subject, args: Namespace) -> Iterator[str]:
@@ -37,7 +38,6 @@ def write_all(subject: Subject, args: Namespace) -> Iterator[str]:
             pixels=args.pixels,
             readjust=args.readjust,
             form=args.format,
-            precision=args.precision,
         )
         yield f"{path}  {speed:.1f} images/s"
 
@@ -53,7 +53,6 @@ def write_samples(
     pixels: Pixels = "mean",
     readjust: bool = False,
     form: Format = "png",
-    precision: Precision = "fp32",
 ) -> tuple[Path, float]:
     """Samples at a temperature (one value, one per scale, or one per group), drawn by all ranks.
 
@@ -67,7 +66,7 @@ def write_samples(
     kept: dict[int, Tensor] = {}
     started = time.perf_counter()
     for numbers in tqdm(list(shares(count, batch)), path.stem, unit="batch", disable=rank() != 0):
-        with subject.autocast(precision):
+        with subject.autocast():
             images = to_bytes(sample_images(model, numbers, at, seed=seed, pixels=pixels))
         kept |= {n: image for n, image in zip(numbers, images, strict=True) if form == "npz" or n < columns**2}
         if form == "png":
@@ -87,7 +86,8 @@ def model_at(subject: Subject, temperature: Sequence[float], *, readjust: bool, 
     """The subject's model for sampling at a temperature, its batch norms re-adjusted to it if asked."""
     if readjust:
         folder, weights = subject.folder / "batch-norm", subject.fingerprint
-        readjust_cached(subject.model, temperature_of(temperature, subject.model), folder, weights, seed=seed)
+        at = temperature_of(temperature, subject.model)
+        readjust_cached(subject.model, at, folder, weights, seed=seed, **READJUSTMENT)
     return subject.model.for_inference()
 
 

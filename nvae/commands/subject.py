@@ -1,10 +1,10 @@
 """What evaluate.py and sample.py work on: a trained model, the data it is for, and where results go."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,10 +13,9 @@ from ..data.config import DataConfig
 from ..likelihoods import MixtureEdge
 from ..loading import Weights, checkpoint_file, load_model
 from ..models.base import Family
+from ..precision import Precision, allow_tf32, autocast, precision_on
 from ..results import fingerprint
 from ..run import AnyRunConfig, load_run, read_run_config, run_config
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Subject:
     weights: Weights
     """`ema` only where there is an average."""
     device: torch.device
+    precision: Precision = "fp32"
 
     @property
     def data(self) -> DataConfig:
@@ -46,14 +46,9 @@ class Subject:
         """Of the weights, as loaded."""
         return fingerprint(self.model)
 
-    def autocast(self, precision: Precision) -> AbstractContextManager[Any]:
-        """The context in which the model computes in a precision. Raises UserError for fp16 without CUDA."""
-        if precision == "fp32":
-            return nullcontext()
-        if precision == "fp16" and self.device.type != "cuda":
-            raise UserError("--precision: fp16 needs a CUDA device; on the CPU use fp32 or bf16")
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype=dtype)
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the model computes in its precision."""
+        return autocast(self.device, self.precision)
 
 
 def open_subject(
@@ -63,11 +58,15 @@ def open_subject(
     weights: Weights = "ema",
     mixture_edge: MixtureEdge | None = None,
     device: torch.device,
+    precision: Precision = "fp32",
 ) -> Subject:
     """A run folder, a checkpoint of one, or any other checkpoint (`config`, a recipe, then says what data it is for).
 
-    Raises UserError for what cannot be loaded, and for a recipe whose data is not what the model takes.
+    Raises UserError for what cannot be loaded, for a recipe whose data is not what the model takes, and for a precision
+    that the device lacks.
     """
+    precision = precision_on(device, precision, "--precision")
+    allow_tf32(precision)
     checkpoint = checkpoint_file(path)
     run_folder = checkpoint.parent.parent
     in_a_run = (run_folder / "config.yaml").is_file() and checkpoint.parent.name == "checkpoints"
@@ -88,4 +87,5 @@ def open_subject(
         folder=run_folder if in_a_run else checkpoint.with_suffix(""),
         weights=weights if averaged else "raw",
         device=device,
+        precision=precision,
     )
