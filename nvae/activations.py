@@ -1,5 +1,6 @@
 """Activations, each with its slope for backward passes that compute both again from the input (spec §1)."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -7,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["identity", "swish", "elu", "elu_elu"]
+Activation = Literal["identity", "swish", "elu", "elu_elu", "gelu"]
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "identity": lambda u: u,
     "swish": F.silu,
     "elu": F.elu,
     "elu_elu": lambda u: F.elu(F.elu(u)),
+    "gelu": F.gelu,
 }
 """`elu_elu` is ELU twice, as in the flow cells (spec §3)."""
 
@@ -39,9 +41,15 @@ def _elu_elu(u: Tensor) -> tuple[Tensor, Tensor]:
     return y, slope * inner_slope
 
 
+def _gelu(u: Tensor) -> tuple[Tensor, Tensor]:
+    below = 0.5 * (1 + torch.erf(u * math.sqrt(0.5)))  # P(Normal < u)
+    return u * below, below + u * torch.exp(-0.5 * u.square()) / math.sqrt(2 * math.pi)
+
+
 _WITH_SLOPE: dict[Activation, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "identity": lambda u: (u, torch.ones_like(u)),
     "swish": _swish,
     "elu": _elu,
     "elu_elu": _elu_elu,
+    "gelu": _gelu,
 }

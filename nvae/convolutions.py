@@ -56,6 +56,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
+def convolve_activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation
+) -> Tensor:
+    """convolve(act(x)), of which only x is kept for the backward pass."""
+    if activation == "identity" or not torch.is_grad_enabled():
+        return convolve(ACTIVATIONS[activation](x), weight, bias, geometry)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return cast(Tensor, _OfActivated.apply(x, for_autocast(weight), bias, geometry, activation))
+
+
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of `convolve`'s x (of which only shape and type count), from that of its result."""
     scale = 2 if geometry.enlarge else 1
@@ -202,11 +212,7 @@ class Conv2d(nn.Module):
 
         Only x is kept for the backward pass.
         """
-        if activation != "identity" and torch.is_grad_enabled():
-            x = x.contiguous(memory_format=torch.channels_last)
-            weight = for_autocast(self.effective_weight())
-            return cast(Tensor, _OfActivated.apply(x, weight, self.bias, self.geometry, activation))
-        return convolve(ACTIVATIONS[activation](x), self.effective_weight(), self.bias, self.geometry)
+        return convolve_activated(x, self.effective_weight(), self.bias, self.geometry, activation)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry parameters only: an effective weight belongs to one graph."""

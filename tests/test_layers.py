@@ -16,6 +16,7 @@ NAIVE = {
     "swish": lambda u: u * torch.sigmoid(u),
     "elu": F.elu,
     "elu_elu": lambda u: F.elu(F.elu(u)),
+    "gelu": lambda u: u * torch.special.ndtr(u),
 }
 
 

@@ -165,14 +165,14 @@ def test_the_encoder_sees_all_bits_and_the_target_is_truncated() -> None:
     assert not torch.equal(plain.taps[1], noisy.taps[1])
 
 
-def test_the_posterior_is_that_of_the_concatenated_activations(model: VDVAE) -> None:
+def test_prior_and_posterior_see_the_state_and_its_concatenation_with_the_tap(model: VDVAE) -> None:
     block = model.decoder[3]
     assert isinstance(block, LatentBlock)
-    state, tap = torch.randn(2, 2, block.width, 4, 4).unbind()
-    q = block._posterior(F.gelu(state), F.gelu(tap))
-    mean, log_sigma = block.posterior(F.gelu(torch.cat([state, tap], dim=1))).chunk(2, dim=1)
-    torch.testing.assert_close(q.mean, mean)
-    torch.testing.assert_close(q.sigma, log_sigma.exp())
+    state, image = torch.randn(2, 2, block.width, 4, 4).unbind()
+    for_prior, for_posterior = block._reduced(state, F.gelu(image))
+    torch.testing.assert_close(block.prior.reduced(for_prior), block.prior(state))
+    concatenated = block.posterior(torch.cat([state, image], dim=1))
+    torch.testing.assert_close(block.posterior.reduced(for_posterior), concatenated)
 
 
 def test_kl_and_densities_are_those_of_normal_distributions(model: VDVAE, image: Tensor) -> None:

@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..activations import ACTIVATIONS
 from ..config import UserError
-from ..convolutions import for_autocast
+from ..convolutions import Conv2d, Geometry, convolve, convolve_activated, for_autocast
 from ..latents import Normal, at_least_float32, kl_divergence
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
 from .base import Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
@@ -186,9 +187,9 @@ def _listed(resolutions: Sequence[int]) -> str:
 # ----------------------------------------------------------------------------------------------------------- bricks
 
 
-def convolution(in_channels: int, out_channels: int, kernel_size: int = 1, *, scale: float = 1.0) -> nn.Conv2d:
+def convolution(in_channels: int, out_channels: int, kernel_size: int = 1, *, scale: float = 1.0) -> Conv2d:
     """A plain convolution that keeps the resolution: PyTorch's starting weights times `scale`, biases at 0."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    layer = Conv2d(in_channels, out_channels, kernel_size, normalised=False)
     with torch.no_grad():
         layer.weight.mul_(scale)
     assert layer.bias is not None
@@ -196,15 +197,10 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int = 1, *, sc
     return layer
 
 
-def activated(state: Tensor) -> Tensor:
-    """GELU of a state, in autocast's type where that is on; the state itself is a long sum and stays in float32."""
-    return F.gelu(for_autocast(state))
-
-
 class Block(nn.Module):
-    """1×1 → GELU → 3×3 → GELU → 3×3 → GELU → 1×1, of an input after its own GELU; the 3×3s are 1×1s up to R = 2.
+    """GELU → 1×1 → GELU → 3×3 → GELU → 3×3 → GELU → 1×1 (spec_vdvae, Bricks); the 3×3s are 1×1s up to R = 2.
 
-    The first GELU is the caller's, so that blocks with one input share it. `scale` is of the last starting weights.
+    `scale` is of the last starting weights.
     """
 
     def __init__(self, in_channels: int, middle: int, out_channels: int, resolution: int, scale: float = 1.0) -> None:
@@ -215,15 +211,13 @@ class Block(nn.Module):
         self.second = convolution(middle, middle, kernel_size)
         self.expand = convolution(middle, out_channels, scale=scale)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, in, R, R) -> (B, out, R, R)."""
-        return self.reduced(self.reduce(hidden))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, R, R) -> (B, out, R, R). Under autocast a state, a long sum, is rounded here and nowhere else."""
+        return self.reduced(self.reduce(for_autocast(x), "gelu"))
 
     def reduced(self, x: Tensor) -> Tensor:
         """What follows the first convolution: (B, middle, R, R) -> (B, out, R, R)."""
-        x = self.first(F.gelu(x))
-        x = self.second(F.gelu(x))
-        return cast(Tensor, self.expand(F.gelu(x)))
+        return cast(Tensor, self.expand(self.second(self.first(x, "gelu"), "gelu"), "gelu"))
 
 
 Result = TypeVar("Result")
@@ -259,7 +253,7 @@ class EncoderBlock(Recomputable):
         return self.run(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.block(activated(x))
+        x = x + self.block(x)
         if self.pool > 1:
             x = F.avg_pool2d(x, self.pool)
         return F.pad(x, (0, 0, 0, 0, 0, self.growth)) if self.growth else x
@@ -308,14 +302,14 @@ class LatentBlock(Recomputable):
     ) -> Tensor:
         """The state (B, W, R, R) after a draw from the prior at a temperature, or after the given z."""
         x = self._joined(x, below)
-        p, x = self._prior(x, activated(x), temperature)
+        p, x = self._prior(x, self.prior(x), temperature)
         return self._entered(x, p.draw(noise) if given is None else given)
 
     def _infer(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
         x = self._joined(x, below)
-        hidden = activated(x)
-        q = self._posterior(hidden, tap)
-        p, x = self._prior(x, hidden)
+        for_prior, for_posterior = self._reduced(x, tap)
+        q = Normal.from_log_sigma(self.posterior.reduced(for_posterior))
+        p, x = self._prior(x, self.prior.reduced(for_prior))
         z = q.draw(noise) if given is None else given
         log_q, log_p = q.log_prob(z).sum((1, 2, 3)), p.log_prob(z).sum((1, 2, 3))
         return Draw(self._entered(x, z), z, kl_divergence(q, p).sum((2, 3)), log_q, log_p, q, p)
@@ -327,23 +321,28 @@ class LatentBlock(Recomputable):
         factor = self.resolution // below.shape[-1]
         return x + F.interpolate(below[:, : self.width], scale_factor=factor, mode="nearest")
 
-    def _prior(self, x: Tensor, hidden: Tensor, temperature: float = 1.0) -> tuple[Normal, Tensor]:
-        """p(z), and the state with what the prior's block adds to it."""
-        raw, h = torch.split(self.prior(hidden), [2 * self.latent_channels, self.width], dim=1)
-        return Normal.from_log_sigma(raw, temperature), x + h
+    def _reduced(self, x: Tensor, tap: Tensor) -> tuple[Tensor, Tensor]:
+        """The first convolutions of the prior, of the state, and of the posterior, of concat(state, tap).
 
-    def _posterior(self, hidden: Tensor, tap: Tensor) -> Normal:
-        """q(z | x), from concat(state, tap): the first convolution is applied to each apart, to a tap once an image."""
-        of_state, of_tap = torch.split(self.posterior.reduce.weight, self.width, dim=1)
-        x = F.conv2d(hidden, of_state, self.posterior.reduce.bias)
-        x = torch.unflatten(x, 0, (-1, tap.shape[0]))
-        x = (x + F.conv2d(tap, of_tap)).flatten(0, 1)
-        return Normal.from_log_sigma(self.posterior.reduced(x))
+        Both (K·B, middle, R, R). The state's parts are made in one; the tap's is made once an image and added.
+        """
+        prior, posterior = self.prior.reduce, self.posterior.reduce
+        assert prior.bias is not None and posterior.bias is not None
+        of_state, of_tap = torch.split(posterior.weight, self.width, dim=1)
+        weight, bias = torch.cat([prior.weight, of_state]), torch.cat([prior.bias, posterior.bias])
+        for_prior, for_posterior = convolve_activated(for_autocast(x), weight, bias, Geometry(), "gelu").chunk(2, dim=1)
+        for_posterior = torch.unflatten(for_posterior, 0, (-1, tap.shape[0])) + convolve(tap, of_tap, None, Geometry())
+        return for_prior, for_posterior.flatten(0, 1)
+
+    def _prior(self, x: Tensor, raw: Tensor, temperature: float = 1.0) -> tuple[Normal, Tensor]:
+        """p(z) from what the prior's block says, and the state with what that adds to it."""
+        raw, h = torch.split(raw, [2 * self.latent_channels, self.width], dim=1)
+        return Normal.from_log_sigma(raw, temperature), x + h
 
     def _entered(self, x: Tensor, z: Tensor) -> Tensor:
         """The state after z has entered it."""
         x = x + self.project(z)
-        return cast(Tensor, x + self.residual(activated(x)))
+        return cast(Tensor, x + self.residual(x))
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -377,7 +376,8 @@ class VDVAE(Family[VDVAEConfig]):
         self.biases = nn.ParameterDict()
         for resolution in self._resolutions():
             if resolution <= config.bias_up_to:
-                self.biases[str(resolution)] = torch.zeros(1, config.width_at(resolution), resolution, resolution)
+                bias = torch.zeros(1, config.width_at(resolution), resolution, resolution)
+                self.biases[str(resolution)] = bias.contiguous(memory_format=torch.channels_last)
         self.gain = nn.Parameter(torch.ones(1, config.width, 1, 1))
         self.shift = nn.Parameter(torch.zeros(1, config.width, 1, 1))
         likelihood = LIKELIHOODS[config.likelihood.kind]
@@ -390,12 +390,13 @@ class VDVAE(Family[VDVAEConfig]):
         config = self.config
         if config.input_mean is None or config.input_std is None:
             raise UserError("model.input_mean, model.input_std: not measured; train a run, or give them in the config")
-        state = at_least_float32(self.stem((255 * x - config.input_mean) / config.input_std))
+        x_normalised = (255 * x - config.input_mean) / config.input_std
+        state = at_least_float32(self.stem(x_normalised.contiguous(memory_format=torch.channels_last)))
         last = {config.image_size: state}
         for block in self.encoder:
             state = block(state)
             last[state.shape[-1]] = state
-        taps = {resolution: activated(last[resolution]) for resolution in self._resolutions()}
+        taps = {resolution: ACTIVATIONS["gelu"](for_autocast(last[resolution])) for resolution in self._resolutions()}
         return Features(quantise(x, config.likelihood.bits, config.likelihood.grid), taps)
 
     def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
