@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from .config import DataConfig
-from .fetching import processes_context
 from .images import InMemory
 from .loading import TrainingStream
+from .processes import process_context
 from .store import ShardFile, read_index
 
 
@@ -55,7 +55,7 @@ def decoder_rate(store: Path, processes: int = 0, seconds: float = 10.0) -> floa
     """
     if processes == 0:
         return _decode(store, seconds)
-    with ProcessPoolExecutor(processes, mp_context=processes_context()) as pool:
+    with ProcessPoolExecutor(processes, mp_context=process_context()) as pool:
         return sum(pool.map(_decode, [store] * processes, [seconds] * processes))
 
 

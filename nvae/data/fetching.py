@@ -6,11 +6,10 @@ decoding them costs.
 Shapes: B images of a request, C channels, H W pixels.
 """
 
-import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-from multiprocessing.context import BaseContext
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import UserError
 from .images import Crop, Images
+from .processes import process_context
 
 PREFETCH = 2
 """Requests that a loader process has before it."""
@@ -64,7 +64,8 @@ def _from_processes(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH,
-        multiprocessing_context=processes_context(),
+        worker_init_fn=_leave_signals_to_the_trainer,
+        multiprocessing_context=process_context(),
         generator=torch.Generator(),  # its own: the global one must not depend on how often a loader starts
     )
     try:
@@ -78,16 +79,14 @@ def _from_processes(
         raise UserError("data.workers: a loader process was killed, by a lack of memory perhaps; lower it") from error
 
 
-def processes_context() -> BaseContext:
-    """How processes that read images are started: forked from a server that has imported what they need.
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Lets a loader process outlive what terminals and schedulers send to all processes of a run.
 
-    Forking this process would copy threads and a GPU's state half-way; where there is no such server, `spawn`.
+    The process that trains still needs it until everything is saved, and then ends it: the second SIGTERM counts.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _shared_memory(count: int, largest: int, shape: tuple[int, int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: B images of a batch, C channels, H W pixels with padding.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -50,10 +50,11 @@ class TrainingStream:
         """Images in an epoch."""
         return len(self.images)
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches from the moment that all ranks together have seen `start` images, without end.
 
-        Micro-batch a of rank r holds draws start + (a·world + r)·batch and the batch − 1 after it.
+        Micro-batch a of rank r holds draws start + (a·world + r)·batch and the batch − 1 after it. To be closed:
+        loader processes end with it.
         """
         config, requests = self.config, self._requests(start)
         for pixels, request in _fetched(self.images, requests, config, config.batch, self.device):

@@ -2,23 +2,21 @@
 
 import hashlib
 import json
-import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from ..config import UserError, apply_overrides, read_yaml, validate
 from .config import DataConfig
 from .decoding import BadImage, Shaping
-from .fetching import processes_context
 from .named import SETS
+from .processes import in_processes
 from .sets import open_source, own_splits, shaping
 from .sources import Source
 from .splits import Split
@@ -39,24 +37,30 @@ from .store import (
     write_shard,
 )
 
-SHARD_MIB = 64
+SHARD_BYTES = 64 * 2**20
 """Decoded size of the images of a shard: what a killed preparation loses per process."""
 RAW_UP_TO = 64
 """Images up to this size are stored raw: they are read faster, and compress badly one by one."""
 OURS = re.compile(r"\.?(train|validation|test)-\d{5}\.safetensors(\..*)?|\.?store\.json(\..*)?")
-T = TypeVar("T")
+"""Names of files that a preparation makes, finished or not."""
+
+Skipped = tuple[str, str]
+"""Name of an image that was left out, and the reason."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One shard to write."""
 
+    split: Split
     path: Path
     source: Source
     shaping: Shaping
     square: bool
     """Cut squares out of the centre; False keeps oblong images for random crops."""
     encoding: Encoding
+    key: str
+    """A hash of where the images lie and of all that decides their pixels."""
     fatal: bool
     """Stop at the first bad image instead of leaving it out."""
 
@@ -66,7 +70,10 @@ def read_config(source: str, overrides: list[str], file: Path | None = None) -> 
 
     `source` is a path, or a set's name, whose path is then as configured. Raises UserError.
     """
-    fields: dict[str, Any] = read_yaml(file).get("data", {}) if file is not None else {}
+    section = read_yaml(file).get("data") or {} if file is not None else {}
+    if not isinstance(section, dict):
+        raise UserError(f"{file}: data is a section, found {section!r}")
+    fields: dict[str, Any] = dict(section)
     path = Path(source)
     if is_store(path):
         settings = read_index(path).settings
@@ -86,43 +93,36 @@ def prepare(
     A store that is finished and was made with the same settings is left as it is; an unfinished one is continued.
     Raises UserError: nothing to read, settings that differ, a foreign folder, a full disk, a bad image where `fatal`.
     """
+    if is_store(config.source):
+        raise UserError(f"{config.source}: is a prepared store already")
     settings = _settings(config)
-    if _finished(out, settings):
-        return read_index(out)
+    if (out / INDEX).exists():
+        return _same_settings(out, settings)
     _claim(out)
     sources = {split: open_source(config, split) for split in own_splits(config)}
-    jobs = {split: _jobs(out, split, source, config, settings, fatal) for split, source in sources.items()}
-    contents = _write_all(jobs, processes, progress)
-    levels = next(iter(sources.values())).levels
-    index = Index(settings=settings, levels=levels, splits=contents)
-    if not all(split.images for split in contents.values()):
-        raise UserError(f"{out}: no image can be used; {_reasons(index)}")
+    jobs = [job for split, source in sources.items() for job in _jobs(out, split, source, config, settings, fatal)]
+    index = Index(settings=settings, levels=sources["train"].levels, splits=_write_all(jobs, processes, progress))
+    for split, contents in index.splits.items():
+        if not contents.images:
+            name, reason = contents.skipped[0]
+            raise UserError(f"data.path: no {split} image can be used, the first of them, {name}: {reason}")
     _tidy(out, index)
-    write_index(out, index)
+    with _told(out / INDEX):
+        write_index(out, index)
     return index
 
 
 def verify(store: Path, *, processes: int | None = None, progress: bool = True) -> list[str]:
     """Reads every file and every image of a store again; returns a line for each that is damaged."""
     index = read_index(store)
-    settings = index.settings
-    checks = [
-        (_damage, (store / shard.file, shard, settings.channels, settings.encoding))
-        for contents in index.splits.values()
-        for shard in contents.shards
-    ]
+    checks = [(store, index.settings, shard) for contents in index.splits.values() for shard in contents.shards]
     total = sum(contents.images for contents in index.splits.values())
+    damaged: list[str] = []
     with tqdm(total=total, desc="verifying", unit="image", disable=not progress) as bar:
-        damaged: list[str] = []
-        for place, lines in _in_processes(checks, processes):
+        for place, lines in in_processes(_damage, checks, processes):
             damaged += lines
-            bar.update(checks[place][1][1].images)
+            bar.update(checks[place][2].images)
     return sorted(damaged)
-
-
-def _reasons(index: Index) -> str:
-    skipped = [entry for contents in index.splits.values() for entry in contents.skipped]
-    return f"{len(skipped)} are bad, the first {skipped[0][0]}: {skipped[0][1]}" if skipped else "there is none"
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
@@ -142,17 +142,16 @@ def _settings(config: DataConfig) -> Settings:
     )
 
 
-def _finished(out: Path, settings: Settings) -> bool:
-    if not (out / INDEX).exists():
-        return False
-    held = read_index(out).settings
+def _same_settings(out: Path, settings: Settings) -> Index:
+    """The index of a finished store; raises UserError where it was made with other settings."""
+    index = read_index(out)
     for field in Settings.model_fields:
-        if getattr(held, field) != getattr(settings, field):
+        held, asked = getattr(index.settings, field), getattr(settings, field)
+        if held != asked:
             raise UserError(
-                f"{out}: holds a store with {field} {getattr(held, field)}, asked is {getattr(settings, field)}; "
-                "remove it or choose another folder"
+                f"{out}: holds a store with {field} {held}, asked is {asked}; remove it or choose another folder"
             )
-    return True
+    return index
 
 
 def _claim(out: Path) -> None:
@@ -170,20 +169,17 @@ def _claim(out: Path) -> None:
             entry.unlink()
 
 
-def _jobs(out: Path, split: Split, source: Source, config: DataConfig, settings: Settings, fatal: bool) -> list[Job]:
-    count = max(1, SHARD_MIB * 2**20 // (config.channels * config.size**2))
-    square = config.crop == "centre" or split != "train"
-    return [
-        Job(
-            out / f"{split}-{first // count:05d}.safetensors",
-            source.take(range(first, min(first + count, len(source)))),
-            shaping(config),
-            square,
-            settings.encoding,
-            fatal,
-        )
-        for first in range(0, len(source), count)
-    ]
+def _jobs(
+    out: Path, split: Split, source: Source, config: DataConfig, settings: Settings, fatal: bool
+) -> Iterator[Job]:
+    shape, square = shaping(config), config.crop == "centre" or split != "train"
+    count = max(1, SHARD_BYTES // (config.channels * config.size**2))
+    for number, first in enumerate(range(0, len(source), count)):
+        part = source.take(range(first, min(first + count, len(source))))
+        made_of = pickle.dumps((part, shape, square, settings.encoding))
+        key = hashlib.blake2b(made_of, digest_size=16).hexdigest()
+        path = out / f"{split}-{number:05d}.safetensors"
+        yield Job(split, path, part, shape, square, settings.encoding, key, fatal)
 
 
 def _tidy(out: Path, index: Index) -> None:
@@ -197,98 +193,82 @@ def _tidy(out: Path, index: Index) -> None:
 # ------------------------------------------------------------------------------------------------------------ working
 
 
-def _write_all(jobs: dict[Split, list[Job]], processes: int | None, progress: bool) -> dict[Split, Contents]:
-    flat = [(split, job) for split, of_split in jobs.items() for job in of_split]
-    shards: dict[int, Shard] = {}
-    skipped: dict[int, list[tuple[str, str]]] = {}
-    with tqdm(
-        total=sum(len(job.source) for _, job in flat), desc="preparing", unit="image", disable=not progress
-    ) as bar:
-        for place, (shard, bad) in _in_processes([(_write, (job,)) for _, job in flat], processes):
-            shards[place], skipped[place] = shard, bad
-            bar.update(len(flat[place][1].source))
-    return {
-        split: Contents(
-            shards=tuple(shards[i] for i, (of, _) in enumerate(flat) if of == split),
-            skipped=tuple(entry for i, (of, _) in enumerate(flat) if of == split for entry in skipped[i]),
-        )
-        for split in jobs
-    }
+def _write_all(jobs: list[Job], processes: int | None, progress: bool) -> dict[Split, Contents]:
+    """Writes all shards; what each split then holds."""
+    written: dict[int, tuple[Shard, list[Skipped]]] = {}
+    total = sum(len(job.source) for job in jobs)
+    with tqdm(total=total, desc="preparing", unit="image", disable=not progress) as bar:
+        for place, result in in_processes(_write, jobs, processes):
+            written[place] = result
+            bar.update(len(jobs[place].source))
+    contents = {}
+    for split in dict.fromkeys(job.split for job in jobs):
+        of_split = [written[place] for place, job in enumerate(jobs) if job.split == split]
+        shards = tuple(shard for shard, _ in of_split)
+        contents[split] = Contents(shards=shards, skipped=tuple(entry for _, bad in of_split for entry in bad))
+    return contents
 
 
-def _in_processes(
-    calls: Sequence[tuple[Callable[..., T], tuple[object, ...]]], processes: int | None
-) -> Iterator[tuple[int, T]]:
-    """(place, result) of each call as it is finished, in `processes` processes (None: one a processor)."""
-    count = min(processes or os.cpu_count() or 1, len(calls))
-    if count <= 1:
-        yield from ((place, call(*arguments)) for place, (call, arguments) in enumerate(calls))
-        return
-    with ProcessPoolExecutor(count, mp_context=processes_context()) as pool:
-        futures: dict[Future[T], int] = {pool.submit(call, *given): i for i, (call, given) in enumerate(calls)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process was killed, by a lack of memory perhaps; run again with fewer --processes"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _write(job: Job) -> tuple[Shard, list[tuple[str, str]]]:
-    """Writes a shard, or finds it written; returns it, and (name, reason) of the images left out."""
-    key = _key(job)
-    done = _written(job.path, key)
+def _write(job: Job) -> tuple[Shard, list[Skipped]]:
+    """Writes a shard, or finds it written; returns it, and the images left out."""
+    done = _written(job)
     if done is None:
         records, skipped = _records(job)
-        metadata = {"key": key, "skipped": json.dumps(skipped)}
-        try:
+        metadata = {"made": json.dumps({"key": job.key, "skipped": skipped})}  # one entry: their order is random
+        with _told(job.path):
             write_shard(job.path, records, metadata)
-        except OSError as error:
-            raise UserError(
-                f"{job.path}: can't be written: {error.strerror}; finished files are kept, run again to continue"
-            ) from error
         done = ShardFile(job.path)
-    skipped = [(name, reason) for name, reason in json.loads(done.metadata["skipped"])]
+    skipped = [(name, reason) for name, reason in _made(done)["skipped"]]
     if skipped and job.fatal:
         raise UserError(f"data.path: {skipped[0][0]}: {skipped[0][1]}")
     return Shard(file=job.path.name, images=len(done), checksum=checksum(job.path)), skipped
 
 
-def _key(job: Job) -> str:
-    """A hash of what a shard is made of: where its images lie and all that decides their pixels."""
-    content = pickle.dumps((job.source, job.shaping, job.square, job.encoding))
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _written(path: Path, key: str) -> ShardFile | None:
+def _written(job: Job) -> ShardFile | None:
     """The shard that an earlier run wrote, if it is whole and made of the same."""
-    if not path.exists():
+    if not job.path.exists():
         return None
     try:
-        shard = ShardFile(path)
+        shard = ShardFile(job.path)
     except UserError:
         return None
-    return shard if shard.metadata.get("key") == key else None
+    return shard if _made(shard).get("key") == job.key else None
 
 
-def _records(job: Job) -> tuple[list[Record], list[tuple[str, str]]]:
+def _made(shard: ShardFile) -> dict[str, Any]:
+    """How a shard was made: its job's key, and the images that were skipped."""
+    return cast(dict[str, Any], json.loads(shard.metadata.get("made", "{}")))
+
+
+def _records(job: Job) -> tuple[list[Record], list[Skipped]]:
     records, skipped = [], []
     for i in range(len(job.source)):
         try:
             image = job.shaping.rectangle(job.source.load(i))
-            records.append(encode(job.shaping.square(image) if job.square else image, job.encoding))
         except BadImage as error:
-            skipped.append((job.source.name(i), str(error)))
             if job.fatal:
-                break
+                raise UserError(f"data.path: {job.source.name(i)}: {error}") from error
+            skipped.append((job.source.name(i), str(error)))
+            continue
+        records.append(encode(job.shaping.square(image) if job.square else image, job.encoding))
     return records, skipped
 
 
-def _damage(path: Path, shard: Shard, channels: int, encoding: Encoding) -> list[str]:
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Says in one line that a file can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: can't be written: {error.strerror}; finished files are kept, run again to continue"
+        ) from error
+
+
+def _damage(check: tuple[Path, Settings, Shard]) -> list[str]:
     """A line for each thing that is wrong with a shard."""
+    store, settings, shard = check
+    path = store / shard.file
     try:
         file = ShardFile(path)
     except UserError as error:
@@ -296,7 +276,7 @@ def _damage(path: Path, shard: Shard, channels: int, encoding: Encoding) -> list
     lines = []
     for i in range(len(file)):
         try:
-            file.image(i, channels, encoding).load()
+            file.image(i, settings.channels, settings.encoding)
         except BadImage as error:
             lines.append(f"{path}[{i}]: {error}")
     if not lines and checksum(path) != shard.checksum:

@@ -135,7 +135,7 @@ class ShardFile:
         self.path = path
         try:
             self._file = cast(Any, safe_open(path, framework="np"))
-            self.metadata: dict[str, str] = self._file.metadata()
+            self.metadata: dict[str, str] = self._file.metadata() or {}
             self._data = self._file.get_slice("data")
             self._ends = np.concatenate([[0], self._file.get_tensor("ends")])
             self._sizes = self._file.get_tensor("sizes")
