@@ -204,7 +204,7 @@ def _trainer(
         seed=seed,
         device=device,
     )
-    with Tracker(folder.path, schedule.total_steps, state.step, state.log_bytes) as tracker:
+    with Tracker(folder.path, schedule.total_steps, state.step, state.log_lines) as tracker:
         for note in notes:
             tracker.note(f"changed since the last checkpoint: {note}")
         tracker.note(_greeting(config, state, schedule.total_steps, device))

@@ -37,8 +37,8 @@ class TrainingState:
     """Halved at every return."""
     watched: int = 0
     """The last step at which validation and pictures, where due, were done."""
-    log_bytes: int = 0
-    """How much of metrics.jsonl was written by the time of this state."""
+    log_lines: int = 0
+    """Lines of metrics.jsonl that were written by the time of this state."""
     best: float = float("inf")
     """Lowest validation bound, nats."""
 
@@ -51,7 +51,7 @@ class TrainingState:
         "returns",
         "lr_factor",
         "watched",
-        "log_bytes",
+        "log_lines",
         "best",
     )
 
@@ -60,7 +60,7 @@ class TrainingState:
         return {
             "model": self.model.state_dict(),
             "ema": self.average.state_dict() if self.average else None,
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self.optimiser.state_dict()["state"],
             "scaler": self.scaler.state_dict(),
             "skip_rule": self.skip_rule.state_dict(),
             "counters": {name: getattr(self, name) for name in self.counters},
@@ -75,7 +75,7 @@ class TrainingState:
         if self.average is not None:
             self.average.load_state_dict(content["ema"] or content["model"])
         own = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": content["optimiser"]["state"], "param_groups": own})
+        self.optimiser.load_state_dict({"state": content["optimiser"], "param_groups": own})
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.skip_rule.load_state_dict(content["skip_rule"])

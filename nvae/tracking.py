@@ -3,13 +3,13 @@
 import datetime
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,41 +20,39 @@ from .distributed import rank
 class Tracker:
     """Writes numbers, pictures and text of a run to its folder, from a step on.
 
-    `log_bytes` is how much of metrics.jsonl belongs to what came before: the rest, left by a process that was killed
-    after its last checkpoint, is forgotten, so that the file ends as that of a run never interrupted.
+    `log_lines` is how many lines of metrics.jsonl belong to what came before: the rest, left by a process that was
+    killed after its last checkpoint, is forgotten, so that the file ends as that of a run never interrupted.
     """
 
-    def __init__(self, folder: Path, total_steps: int, step: int = 0, log_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, total_steps: int, step: int = 0, log_lines: int = 0) -> None:
         self.active = rank() == 0
+        self.log_lines = log_lines
         if self.active:
             self.folder, self.total_steps = folder, total_steps
-            self._open(step, log_bytes)
+            self._open(step)
 
-    def _open(self, step: int, log_bytes: int) -> None:
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.lines = (self.folder / "metrics.jsonl").open("ab")
-        self.lines.truncate(min(log_bytes, self.lines.tell()))
-        self.lines.seek(0, os.SEEK_END)
+        self.log = _opened_after(self.folder / "metrics.jsonl", self.log_lines)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         # In a log file, where no bar can move, lines take its place.
         unseen = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=unseen)
         self._opened = time.monotonic(), step
 
-    def rewind(self, step: int, log_bytes: int) -> None:
+    def rewind(self, step: int, log_lines: int) -> None:
         """Forgets what was written past a step to which the run returns."""
+        self.log_lines = log_lines
         if self.active:
             self.close()
-            self._open(step, log_bytes)
+            self._open(step)
 
-    def flush(self) -> int:
-        """Hands everything to the operating system; returns the length of metrics.jsonl in bytes."""
-        if not self.active:
-            return 0
-        self.board.flush()
-        self.lines.flush()
-        return self.lines.tell()
+    def flush(self) -> None:
+        """Hands everything to the operating system."""
+        if self.active:
+            self.board.flush()
+            self.log.flush()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -63,11 +61,12 @@ class Tracker:
 
     def scalars(self, step: int, values: Mapping[str, float], *, shown: Sequence[str] = ()) -> None:
         """One line of numbers at a step (null where not finite); `shown` ones stand beside the progress bar."""
+        self.log_lines += 1
         if not self.active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.lines.write(json.dumps({"step": step, **finite}).encode() + b"\n")
-        self.lines.flush()
+        self.log.write(json.dumps({"step": step, **finite}).encode() + b"\n")
+        self.log.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         beside = {name: f"{values[name]:.4g}" for name in shown if name in values}
@@ -108,7 +107,7 @@ class Tracker:
         """Writes out everything and closes the files."""
         if self.active:
             self.bar.close()
-            self.lines.close()
+            self.log.close()
             self.board.close()
 
     def __enter__(self) -> Self:
@@ -118,3 +117,12 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _opened_after(path: Path, lines: int) -> IO[bytes]:
+    """The file, made where it is missing, to be written from after its first so many lines on."""
+    path.touch()
+    file = path.open("r+b")
+    file.seek(sum(len(line) for line in islice(file, lines)))
+    file.truncate()
+    return file

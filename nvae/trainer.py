@@ -111,9 +111,15 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Trains to the last step, or to an interruption, after which the run can be continued."""
-        state, config = self.state, self.config
         self.model.train()
         self._open_stream()
+        try:
+            return self._loop()
+        finally:
+            self.batches.close()
+
+    def _loop(self) -> Outcome:
+        state, config = self.state, self.config
         if state.step == 0:
             self._save()
         self._watch()
@@ -232,12 +238,13 @@ class Trainer:
         returns, factor = state.returns + 1, state.lr_factor / 2
         state.load_state_dict(content)
         state.returns, state.lr_factor, state.non_finite, state.non_finite_in_a_row = returns, factor, non_finite, 0
-        self.tracker.rewind(state.step, state.log_bytes)
+        self.tracker.rewind(state.step, state.log_lines)
         self.tracker.scalars(state.step, {"returned_from": failed_at, "returns": returns, "lr_factor": factor})
         self.tracker.note(
             f"step {failed_at}: {config.non_finite_limit} non-finite updates in a row; "
             f"back to step {state.step}, learning rate × {factor:g} from now on"
         )
+        self.batches.close()
         self._open_stream()
 
     # ----------------------------------------------------------------------------------------------------- watching
@@ -339,7 +346,8 @@ class Trainer:
             return
         if not state.is_finite():
             return self._return_to_last_good()
-        state.log_bytes = self.tracker.flush()
+        self.tracker.flush()
+        state.log_lines = self.tracker.log_lines
         self.folder.save(state.step, self._content(), keep=config.keep, milestone_every=config.milestone_every)
 
     def _content(self) -> dict[str, Any]:

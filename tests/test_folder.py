@@ -46,7 +46,9 @@ def test_the_lock_is_given_back_at_the_end(folder: RunFolder) -> None:
 
 
 def test_the_lock_of_a_killed_process_is_free(folder: RunFolder) -> None:
-    program = "import os, sys, fcntl; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    program = (
+        "import os, sys, fcntl; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    )
     folder.path.mkdir()
     assert subprocess.run([sys.executable, "-c", program, folder.path / ".lock"]).returncode == -9
     with folder.locked():
