@@ -354,6 +354,12 @@ def test_recomputing_blocks_changes_no_bit_of_the_gradients(model: VDVAE, image:
         assert torch.equal(ours, reference)
 
 
-def test_recomputing_activations_is_refused_in_a_sentence(model: VDVAE) -> None:
-    with pytest.raises(UserError, match="offers none and cells"):
-        model.set_recomputation("activations")
+def test_noise_and_latents_that_do_not_fit_are_refused(model: VDVAE, image: Tensor) -> None:
+    with pytest.raises(UserError, match="noise: 5 tensors for 6 latent groups"):
+        model(image, noise(model, 2)[:5])
+    with pytest.raises(UserError, match=r"noise: group 0 takes \(2, 3, 1, 1\), found \(1, 3, 1, 1\)"):
+        model.sample(2, noise=noise(model, 1))
+    with pytest.raises(UserError, match="latents: 7 tensors for 6 latent groups"):
+        model.sample(2, latents=[*noise(model, 2), torch.zeros(2, 3, 8, 8)])
+    with pytest.raises(UserError, match="latents: group 1 takes"):
+        model.decode(model.encode(image), latents=[torch.zeros(2, 3, 1, 1), torch.zeros(1)])

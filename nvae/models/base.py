@@ -147,6 +147,25 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """The shape of each group's noise for n images, top-down."""
 
+    def noise_for(self, n: int, noise: Noise | None) -> Noise:
+        """The given noise for n images, or fresh one. Raises UserError where it does not fit the groups."""
+        if noise is None:
+            device = next(self.parameters()).device
+            return [torch.randn(shape, device=device) for shape in self.latent_shapes(n)]
+        if len(noise) != (groups := len(self.latent_shapes(n))):
+            raise UserError(f"noise: {len(noise)} tensors for {groups} latent groups")
+        self.check_fit("noise", noise, n)
+        return noise
+
+    def check_fit(self, name: str, tensors: Sequence[Tensor], n: int) -> None:
+        """Raises UserError for more tensors than groups, or of other shapes: broadcasting would hide the mistake."""
+        shapes = self.latent_shapes(n)
+        if len(tensors) > len(shapes):
+            raise UserError(f"{name}: {len(tensors)} tensors for {len(shapes)} latent groups")
+        for g, (tensor, shape) in enumerate(zip(tensors, shapes, strict=False)):
+            if tensor.shape != shape:
+                raise UserError(f"{name}: group {g} takes {shape}, found {tuple(tensor.shape)}")
+
     @abstractmethod
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
         """The scalar to minimise at a fraction of training done, and detached metrics to log.

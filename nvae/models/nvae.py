@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
-from ..config import UserError, nearest
+from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
 from ..latents import Normal, at_least_float32, kl_divergence
@@ -259,8 +259,8 @@ class NVAE(Family[NVAEConfig]):
         """n images from the prior, every group's σ times the temperature (spec §7)."""
         self.weights.refresh()
         scale = temperatures(temperature, len(self.groups))
-        noise = self._noise(n, noise)
-        self._check_shapes("latents", latents or (), n)
+        noise = self.noise_for(n, noise)
+        self.check_fit("latents", latents or (), n)
         state = self._first_state(n)
         for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
             state = self._entering(g, state)
@@ -350,8 +350,8 @@ class NVAE(Family[NVAEConfig]):
     def _top_down(self, features: Features, noise: Noise | None, given: Sequence[Tensor] = ()) -> Output:
         """Algorithm of spec §2 and §3: at each group the prior, the posterior, a draw, and on with the state."""
         batch = features.target.shape[0]
-        noise = self._noise(batch, noise)
-        self._check_shapes("latents", given, batch)
+        noise = self.noise_for(batch, noise)
+        self.check_fit("latents", given, batch)
         state = self._first_state(batch)
         channel_kl: list[Tensor] = []
         zs: list[Tensor] = []
@@ -400,22 +400,6 @@ class NVAE(Family[NVAEConfig]):
     def _likelihood(self, state: Tensor) -> Likelihood:
         params = self.head(self.postprocess(state), "elu")
         return LIKELIHOODS[self.config.likelihood.kind](params, self.config.likelihood, self.config.image_channels)
-
-    def _noise(self, batch: int, noise: Noise | None) -> Noise:
-        if noise is not None:
-            if len(noise) != len(self.groups):
-                raise UserError(f"noise: {len(noise)} tensors for {len(self.groups)} latent groups")
-            self._check_shapes("noise", noise, batch)
-            return noise
-        return [torch.randn(shape, device=self.first_state.device) for shape in self.latent_shapes(batch)]
-
-    def _check_shapes(self, name: str, tensors: Sequence[Tensor], batch: int) -> None:
-        """Raises UserError for tensors of other shapes than the groups'; broadcasting would hide the mistake."""
-        if len(tensors) > len(self.groups):
-            raise UserError(f"{name}: {len(tensors)} tensors for {len(self.groups)} latent groups")
-        for g, (tensor, shape) in enumerate(zip(tensors, self.latent_shapes(batch), strict=False)):
-            if tensor.shape != shape:
-                raise UserError(f"{name}: group {g} takes {shape}, found {tuple(tensor.shape)}")
 
     # --------------------------------------------------------------------------------------------------- objective
 

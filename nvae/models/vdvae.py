@@ -402,7 +402,8 @@ class VDVAE(Family[VDVAEConfig]):
     def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
         """Draws from the posterior and decodes. Given latents (the first blocks, top-down) are scored, not drawn."""
         batch, given = features.target.shape[0], latents or ()
-        noise = self._noise(batch, noise)
+        noise = self.noise_for(batch, noise)
+        self.check_fit("latents", given, batch)
         states = self._first_states(batch)
         draws: list[Draw] = []
         for i, block in enumerate(self._latent_blocks()):
@@ -432,7 +433,8 @@ class VDVAE(Family[VDVAEConfig]):
         """n images from the prior, σ of each block's latents times its temperature (spec_vdvae, Decoder)."""
         blocks, given = self._latent_blocks(), latents or ()
         scale = temperatures(temperature, len(blocks))
-        noise = self._noise(n, noise)
+        noise = self.noise_for(n, noise)
+        self.check_fit("latents", given, n)
         states = self._first_states(n)
         for i, block in enumerate(blocks):
             z = given[i] if i < len(given) else None
@@ -452,9 +454,7 @@ class VDVAE(Family[VDVAEConfig]):
         return nelbo.mean() / output.likelihood.dims, {name: nats.mean().detach() for name, nats in metrics.items()}
 
     def set_recomputation(self, mode: Recomputation) -> None:
-        """`cells`: every block runs again in the backward pass. Raises UserError for `activations`."""
-        if mode == "activations":
-            raise UserError("train.recompute: a Very Deep VAE offers none and cells, found 'activations'")
+        """`cells`: the backward pass runs whole blocks again. Activations it always makes again."""
         for module in self.modules():
             if isinstance(module, Recomputable):
                 module.recompute = mode == "cells"
@@ -480,8 +480,3 @@ class VDVAE(Family[VDVAEConfig]):
     def _likelihood(self, states: dict[int | None, Tensor]) -> Likelihood:
         params = self.head(states[self.config.image_size] * self.gain + self.shift)
         return LIKELIHOODS[self.config.likelihood.kind](params, self.config.likelihood, self.config.image_channels)
-
-    def _noise(self, batch: int, noise: Noise | None) -> Noise:
-        if noise is not None:
-            return noise
-        return [torch.randn(shape, device=self.gain.device) for shape in self.latent_shapes(batch)]
