@@ -5,20 +5,18 @@ Call these from a script under `if __name__ == "__main__"`: they start processes
 
 import time
 from concurrent.futures import ProcessPoolExecutor
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .config import DataConfig
 from .images import InMemory
 from .loading import TrainingStream
 from .processes import process_context
-from .store import ShardFile, read_index
+from .store import ShardFile, decode, read_index
 
 
 def resident_milliseconds(device: torch.device, size: int = 32, batch: int = 32, repeats: int = 200) -> float:
@@ -60,11 +58,11 @@ def decoder_rate(store: Path, processes: int = 0, seconds: float = 10.0) -> floa
 
 
 def _decode(store: Path, seconds: float) -> float:
-    shard = read_index(store).splits["train"].shards[0]
-    file = ShardFile(store / shard.file)
-    encoded = [file.data(i) for i in range(min(len(file), 256))]
+    index = read_index(store)
+    file = ShardFile(store / index.splits["train"].shards[0].file)
+    records = [file.record(i) for i in range(min(len(file), 256))]
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        np.asarray(Image.open(BytesIO(encoded[count % len(encoded)])))
+        np.asarray(decode(records[count % len(records)], index.settings.channels, index.settings.encoding))
         count += 1
     return count / (time.perf_counter() - start)

@@ -30,6 +30,7 @@ from .store import (
     Shard,
     ShardFile,
     checksum,
+    decode,
     encode,
     is_store,
     read_index,
@@ -276,7 +277,7 @@ def _damage(check: tuple[Path, Settings, Shard]) -> list[str]:
     lines = []
     for i in range(len(file)):
         try:
-            file.image(i, settings.channels, settings.encoding)
+            decode(file.record(i), settings.channels, settings.encoding)
         except BadImage as error:
             lines.append(f"{path}[{i}]: {error}")
     if not lines and checksum(path) != shard.checksum:

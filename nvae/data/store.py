@@ -115,6 +115,19 @@ def encode(image: Image.Image, encoding: Encoding) -> Record:
     return Record(buffer.getvalue(), (image.height, image.width))
 
 
+def decode(record: Record, channels: int, encoding: Encoding) -> Image.Image:
+    """The image of a record. Raises BadImage where it is damaged."""
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        if encoding == "raw":
+            return Image.frombytes(mode, record.size[::-1], record.data)
+        image = Image.open(BytesIO(record.data), formats=("WEBP",))
+        image.load()
+    except DAMAGE as error:
+        raise BadImage(f"damaged: {error}") from error
+    return image if mode == "RGB" else image.getchannel(0)
+
+
 def write_shard(path: Path, records: Sequence[Record], metadata: dict[str, str]) -> None:
     """Writes a shard whole or not at all; raises OSError where it can't."""
     content = {
@@ -146,25 +159,13 @@ class ShardFile:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def data(self, index: int) -> bytes:
-        """The image at `index`, encoded."""
-        return cast(bytes, self._data[int(self._ends[index]) : int(self._ends[index + 1])].tobytes())
-
-    def image(self, index: int, channels: int, encoding: Encoding) -> Image.Image:
-        """The image at `index`. Raises BadImage where it is damaged."""
-        data = self.data(index)
+    def record(self, index: int) -> Record:
+        """The image at `index`, encoded. Raises BadImage where it is damaged."""
+        data: bytes = self._data[int(self._ends[index]) : int(self._ends[index + 1])].tobytes()
         if zlib.crc32(data) != self._crc[index]:
             raise BadImage("damaged: its checksum differs")
-        height, width = (int(side) for side in self._sizes[index])
-        mode = "L" if channels == 1 else "RGB"
-        if encoding == "raw":
-            return Image.frombytes(mode, (width, height), data)
-        try:
-            image = Image.open(BytesIO(data), formats=("WEBP",))
-            image.load()
-            return image if mode == "RGB" else image.getchannel(0)
-        except DAMAGE as error:
-            raise BadImage(f"damaged: {error}") from error
+        height, width = self._sizes[index].tolist()
+        return Record(data, (height, width))
 
 
 # ------------------------------------------------------------------------------------------------------------- store
@@ -231,7 +232,7 @@ class Store(Images):
             number = int(np.searchsorted(self.ends, index, side="right"))
             place = index - (int(self.ends[number - 1]) if number else 0)
             try:
-                image = self._shard(number).image(place, self.shape[0], self.settings.encoding)
+                image = decode(self._shard(number).record(place), self.shape[0], self.settings.encoding)
                 row[...] = pixels(self.shaping.square(image, crop))
             except BadImage as error:
                 problems.append(f"{self.path / self.files[number]}[{place}]: {error}")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nvae.config import UserError
 from nvae.data import preparation
@@ -23,7 +24,8 @@ from nvae.data.splits import Split
 from nvae.data.store import Index
 
 from . import stand_ins
-from .stand_ins import file_bytes, image_folder, noise, smooth
+from .stand_ins import file_bytes, image_folder, noise
+from .test_decoding import BAD
 
 NAMES = [f"{i:02d}.png" for i in range(20)]
 
@@ -127,36 +129,37 @@ def test_random_crops_are_cut_from_a_store_as_from_its_source(tmp_path: Path) ->
 
 @pytest.fixture
 def with_bad(folder: Path) -> Path:
-    (folder / "03.png").write_bytes(b"")
-    (folder / "05.png").write_text("a text")
-    (folder / "08.jpg").write_bytes(file_bytes(smooth(40, 40), "JPEG")[:300])
+    """Twenty good images, and one of every kind of bad ones."""
+    for kind, (make, _) in BAD.items():
+        (folder / f"{kind}.png").write_bytes(make())
+    (folder / "a pixel.png").write_bytes(file_bytes(Image.new("RGB", (1, 1))))
     return folder
 
 
 def test_bad_images_are_left_out_and_listed_with_reasons(with_bad: Path, tmp_path: Path) -> None:
-    index = prepared(with_bad, tmp_path / "store")
+    index = prepared(with_bad, tmp_path / "store", holdout=0.5)
     listed = dict(entry for part in index.splits.values() for entry in part.skipped)
-    assert set(listed) == {"03.png", "05.png", "08.jpg"}
-    assert listed["03.png"] == "empty file"
-    assert sum(part.images for part in index.splits.values()) == 18
+    assert set(listed) == {f"{kind}.png" for kind in [*BAD, "a pixel"]}
+    assert all(reason in listed[f"{kind}.png"] for kind, (_, reason) in BAD.items())
+    assert sum(part.images for part in index.splits.values()) == 20
 
 
 def test_what_is_left_out_is_printed(with_bad: Path, tmp_path: Path) -> None:
-    lines = "\n".join(prepared(with_bad, tmp_path / "store").lines())
-    assert "  05.png: not a PNG, JPEG or WebP image" in lines
+    lines = "\n".join(prepared(with_bad, tmp_path / "store", holdout=0.5).lines())
+    assert "  text.png: not a PNG, JPEG or WebP image" in lines
 
 
 def test_bad_images_are_fatal_on_request(with_bad: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"0[358]\.(png|jpg): (empty|not a PNG|damaged)"):
-        prepare(config(with_bad), tmp_path / "store", processes=1, fatal=True, progress=False)
+    with pytest.raises(UserError, match=r"data\.path: [\w ]+\.png: [^\n]+$"):
+        prepare(config(with_bad, holdout=0.5), tmp_path / "store", processes=1, fatal=True, progress=False)
     assert not list((tmp_path / "store").glob("*.json"))
 
 
 def test_what_a_fatal_run_wrote_is_nothing_half(with_bad: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        prepare(config(with_bad), tmp_path / "store", processes=1, fatal=True, progress=False)
-    index = prepared(with_bad, tmp_path / "store")
-    assert sum(part.images for part in index.splits.values()) == 18
+        prepare(config(with_bad, holdout=0.5), tmp_path / "store", processes=1, fatal=True, progress=False)
+    index = prepared(with_bad, tmp_path / "store", holdout=0.5)
+    assert sum(part.images for part in index.splits.values()) == 20
 
 
 def test_a_set_of_bad_images_alone_is_no_set(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""scripts/prepare_data.py from the command line."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from .stand_ins import image_folder
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+
+
+@pytest.fixture(autouse=True)
+def in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words: object) -> int:
+    """Runs the command in this process; its exit code."""
+    before, sys.argv = sys.argv, ["prepare_data.py", *map(str, words)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_prepare_verify_and_describe_in_one_go(capsys: pytest.CaptureFixture[str]) -> None:
+    source = image_folder(Path("images"), [f"{i}.png" for i in range(12)])
+    (source / "bad.png").write_bytes(b"")
+    assert run("images", "store", "size=16", "--processes", 1, "--verify", "--describe") == 0
+    printed = capsys.readouterr().out
+    for words in ("bad.png: empty file", "every image is as it was written", "size      16×16", "bits/dim"):
+        assert words in printed
+    assert Path("contact_sheet.png").exists()
+
+
+def test_a_store_is_verified_and_described_by_its_path_alone() -> None:
+    image_folder(Path("images"), [f"{i}.png" for i in range(12)])
+    assert run("images", "store", "size=16", "--processes", 1) == 0
+    assert run("store", "--verify", "--describe", "sheet.png", "--processes", 1) == 0
+    assert Path("sheet.png").exists()
+
+
+def test_damage_is_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    image_folder(Path("images"), [f"{i}.png" for i in range(12)])
+    run("images", "store", "size=16", "--processes", 1)
+    shard = Path("store/train-00000.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert run("store", "--verify", "--processes", 1) == 1
+    assert "train-00000.safetensors" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("missing", "store") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["x"], ["x", "y", "z"]], ids=["nothing to do", "two outs"])
+def test_what_is_to_be_done_must_be_said(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 2
+    assert "one OUT, --verify or --describe is needed" in capsys.readouterr().err
