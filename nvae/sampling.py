@@ -1,4 +1,4 @@
-"""Images from the prior: temperatures, keyed noise, batch-norm re-adjustment (spec §7; paper §4.2).
+"""Images from the prior: temperatures, keyed noise, batch-norm re-adjustment (spec §7).
 
 Image number i is drawn from (seed, i) alone: it is the same picture whatever the batch size and the number of ranks.
 

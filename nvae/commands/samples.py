@@ -1,5 +1,6 @@
 """sample.py: images from the prior, as an overview and single PNGs, or as one .npz."""
 
+import copy
 import io
 import math
 import time
@@ -83,12 +84,13 @@ def write_samples(
 
 
 def model_at(subject: Subject, temperature: Sequence[float], *, readjust: bool, seed: int) -> Family[Any]:
-    """The subject's model for sampling at a temperature, its batch norms re-adjusted to it if asked."""
-    if readjust:
-        folder, weights = subject.folder / "batch-norm", subject.fingerprint
-        at = temperature_of(temperature, subject.model)
-        readjust_cached(subject.model, at, folder, weights, seed=seed, **READJUSTMENT)
-    return subject.model.for_inference()
+    """The subject's model for sampling at a temperature; if asked, a copy whose batch norms are re-adjusted to it."""
+    if not readjust:
+        return subject.model.for_inference()
+    model = copy.deepcopy(subject.model)
+    at = temperature_of(temperature, model)
+    readjust_cached(model, at, subject.folder / "batch-norm", subject.fingerprint, seed=seed, **READJUSTMENT)
+    return model.for_inference()
 
 
 def _name(temperature: Sequence[float], seed: int, pixels: Pixels, readjust: bool) -> str:
