@@ -176,6 +176,19 @@ def test_a_separable_op_doubles_then_expands_filters_and_projects(name: str, res
     torch.testing.assert_close(op(x), y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("resampling", RESAMPLINGS)
+def test_running_statistics_of_a_separable_op_are_those_of_the_enlarged_image(resampling: Resampling) -> None:
+    """Their unbiased variance counts every pixel of it."""
+    op, x = SeparableOp(Separable(), CHANNELS, CHANNELS, resampling), image()
+    op(x)
+    if resampling == "up":
+        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    hidden = naive(op.expand, naive_norm(op.norm, x))
+    for norm, seen in ((op.norm, x), (op.expand_norm, hidden)):
+        variance = seen.transpose(0, 1).flatten(1).var(1)
+        torch.testing.assert_close(norm.running_var, 0.95 + 0.05 * variance, rtol=1e-6, atol=0)
+
+
 def test_convolutions_of_separable_ops_are_plain_and_without_bias() -> None:
     op = SeparableOp(Separable(), CHANNELS, CHANNELS, "same")
     for convolution in (op.expand, op.spatial, op.project):
