@@ -161,6 +161,15 @@ def has_importance_weights(model: Family[Any]) -> bool:
     return model.density == "bound"
 
 
+def check_samples(model: Family[Any], samples: int) -> None:
+    """Raises UserError where importance samples are asked of a family that has no importance weights."""
+    if samples > 1 and not has_importance_weights(model):
+        reason = {"exact": "its likelihood is exact", "none": "it has no density of its latents"}[model.density]
+        raise UserError(
+            f"importance samples: {type(model).__name__} takes none, {reason}; found {samples}, allowed is 1"
+        )
+
+
 class Evaluator:
     """Measures batches of images under a model.
 
@@ -168,12 +177,8 @@ class Evaluator:
     """
 
     def __init__(self, model: Family[Any], *, samples: int = 1, seed: int = 0, draw: int = 0, rows: int = 256) -> None:
-        """Raises UserError where importance samples are asked of a family that has no importance weights."""
-        if samples > 1 and not has_importance_weights(model):
-            reason = {"exact": "its likelihood is exact", "none": "it has no density of its latents"}[model.density]
-            raise UserError(
-                f"importance samples: {type(model).__name__} takes none, {reason}; found {samples}, allowed is 1"
-            )
+        """Raises UserError as `check_samples` does."""
+        check_samples(model, samples)
         self.model, self.samples, self.seed, self.draw, self.rows = model, samples, seed, draw, rows
 
     @torch.no_grad()

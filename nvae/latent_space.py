@@ -120,7 +120,7 @@ def traverse(model: Family[Any], images: Tensor, group: int, steps: int, *, seed
     """
     shapes = model.latent_shapes(len(images))
     if not 0 <= group < len(shapes):
-        raise UserError(f"group: the model has latent groups 0 to {len(shapes) - 1}, found {group}")
+        raise UserError(f"group: the model has {len(shapes)} latent groups, counted from 0; found {group}")
     epsilon = encode(model, images, seed=seed).epsilon
     fresh = keyed_normal([shapes[group]], range(len(images)), seed, "traverse", images.device)[0]
     frames = []

@@ -81,6 +81,8 @@ def reservations(entry: Mapping[str, Any]) -> list[str]:
     likelihood, published = entry["likelihood"], published_for(entry["data"])
     flattered = [result.model for result in published if result.published_edge]
     found = []
+    if entry["density"] == "none":
+        found.append("this family gives no bound on the likelihood: the figures are its reconstruction and code length")
     if entry["is_density"]:
         found.append(
             "the likelihood is a Normal density, not the probability of a level: these bits/dim are not comparable "

@@ -1,6 +1,5 @@
 """evaluate.py and sample.py from the command line, on a small run of the real digits."""
 
-import importlib.util
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from entry_scripts import call
 from PIL import Image
 from test_fid import stand_in
 
@@ -60,20 +60,6 @@ def run(tmp_path: Path, config: AnyRunConfig) -> Path:
     save_checkpoint(tmp_path / "small/checkpoints/step-000000007.pt", content)
     (tmp_path / "small/config.yaml").write_text(dump_yaml(config))
     return tmp_path / "small"
-
-
-def call(script: str, *arguments: object) -> int:
-    """Runs a script's main in this process."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, [f"{script}.py", *map(str, arguments)]
-    try:
-        code: int = module.main()
-    finally:
-        sys.argv = before
-    return code
 
 
 def results_of(run: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_a_prefix_keeps_its_groups_and_the_prior_gives_the_rest(model: NVAE, ima
 def test_more_groups_than_there_are_is_an_error(model: NVAE, images: Tensor) -> None:
     with pytest.raises(UserError, match="groups: the model has 3 latent groups, found 4"):
         reconstruct(model, images, groups=4)
-    with pytest.raises(UserError, match="group: the model has latent groups 0 to 2, found 3"):
+    with pytest.raises(UserError, match="group: the model has 3 latent groups, counted from 0; found 3"):
         traverse(model, images, 3, 5)
 
 

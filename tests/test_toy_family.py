@@ -1,9 +1,10 @@
-"""The contract of a family is enough: a toy one trains, evaluates what it can, and samples through the same commands."""
+"""The contract of a family is enough: a toy one trains, evaluates what it can and samples by the same commands."""
 
 import json
 from pathlib import Path
 
 import pytest
+from entry_scripts import call
 
 from nvae.config import UserError
 from nvae.evaluation import Evaluator
@@ -46,3 +47,19 @@ def test_its_checkpoint_loads(runs: Path) -> None:
 def test_importance_weighting_is_a_clear_error(runs: Path) -> None:
     with pytest.raises(UserError, match="importance samples"):
         Evaluator(load_model(runs / "toy"), samples=10)
+
+
+def test_it_is_evaluated_and_sampled_by_the_same_commands(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("evaluate", runs / "toy") == 0
+    assert "gives no bound on the likelihood" in capsys.readouterr().out
+    assert call("sample", runs / "toy", "--num", 4, "--temperature", 0.7, "--readjust") == 0
+    assert call("sample", runs / "toy", "reconstruct") == 0
+    assert call("evaluate", runs / "toy", "--report") == 0
+    assert "Reconstructions" in (runs / "toy" / "report.html").read_text()
+
+
+def test_what_it_cannot_do_is_a_clear_error(runs: Path) -> None:
+    with pytest.raises(UserError, match="Toy takes none, it has no density of its latents"):
+        call("evaluate", runs / "toy", "--importance-samples", 10)
+    with pytest.raises(UserError, match="Toy: its latents are not Normal"):
+        call("sample", runs / "toy", "interpolate")

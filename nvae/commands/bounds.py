@@ -12,7 +12,7 @@ from ..data.loading import Batch, evaluation_batches
 from ..data.sets import open_images
 from ..data.splits import Split
 from ..distributed import barrier, from_rank_zero, rank, world_size
-from ..evaluation import evaluate, has_importance_weights
+from ..evaluation import check_samples, evaluate, has_importance_weights
 from ..results import circumstances, key_of, read_results, record
 from .subject import Subject
 
@@ -33,7 +33,11 @@ class Measurement:
 
 
 def samples_for(subject: Subject, asked: int | None) -> int:
-    """The number of importance samples asked for, or as many as usual where the model has importance weights."""
+    """The number of importance samples asked for, or as many as usual where the model has importance weights.
+
+    Raises UserError where they are asked of a model that has none.
+    """
+    check_samples(subject.model, asked or 1)
     return asked or (DEFAULT_SAMPLES if has_importance_weights(subject.model) else 1)
 
 
@@ -85,9 +89,15 @@ def evaluate_bounds(
             rows=rows,
             folder=unfinished,
         )
-    entry = _identity(subject, asked) | evaluation.entry(subject.model.config)
-    entry |= {"checkpoint": subject.checkpoint.name, "seconds": round(time.perf_counter() - started, 1)}
-    entry |= {"ranks": world_size(), **circumstances(subject.device)}
+    entry = {
+        **_identity(subject, asked),
+        **evaluation.entry(subject.model.config),
+        "density": subject.model.density,
+        "checkpoint": subject.checkpoint.name,
+        "seconds": round(time.perf_counter() - started, 1),
+        "ranks": world_size(),
+        **circumstances(subject.device),
+    }
     if rank() == 0:
         record(results, key, entry)
         shutil.rmtree(unfinished, ignore_errors=True)
