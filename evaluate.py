@@ -30,7 +30,7 @@ def parse() -> Namespace:
     bounds.add_argument("--importance-samples", type=natural, metavar="K", help=f"default: {DEFAULT_SAMPLES}")
     bounds.add_argument("--draws", type=natural, default=1, help="test draws of a binarised set (default: 1)")
     bounds.add_argument("--limit", type=natural, help="only the first so many images")
-    bounds.add_argument("--rows", type=natural, default=256, help="images × samples decoded at once (default: 256)")
+    bounds.add_argument("--rows", type=natural, help="images × samples decoded at once (default: by their size)")
     bounds.add_argument("--compile", action="store_true", help="compile the model; pays in long evaluations")
     other = parser.add_argument_group("instead of bounds")
     other.add_argument("--fid", action="store_true", help="FID, KID, precision, recall and Inception score of samples")

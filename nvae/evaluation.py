@@ -33,6 +33,8 @@ from .randomness import keyed_normal
 
 ACTIVE = 0.1
 """A latent channel whose mean KL over the images is above this many nats is active (spec §6)."""
+PIXELS = 2**18
+"""Pixels of an image channel that are decoded at once unless told otherwise: 256 images of 32×32, 4 of 256×256."""
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -173,13 +175,16 @@ def check_samples(model: Family[Any], samples: int) -> None:
 class Evaluator:
     """Measures batches of images under a model.
 
-    `rows`: how many decoded images (images × draws) are held at once; halved whenever memory runs out.
+    `rows`: how many images × draws are decoded at once (None: `PIXELS`); halved whenever a GPU's memory runs out.
     """
 
-    def __init__(self, model: Family[Any], *, samples: int = 1, seed: int = 0, draw: int = 0, rows: int = 256) -> None:
+    def __init__(
+        self, model: Family[Any], *, samples: int = 1, seed: int = 0, draw: int = 0, rows: int | None = None
+    ) -> None:
         """Raises UserError as `check_samples` does."""
         check_samples(model, samples)
-        self.model, self.samples, self.seed, self.draw, self.rows = model, samples, seed, draw, rows
+        self.model, self.samples, self.seed, self.draw = model, samples, seed, draw
+        self.rows = rows or max(PIXELS // model.config.image_size**2, 1)
 
     @torch.no_grad()
     def measure(self, images: Tensor, indices: Sequence[int]) -> Figures:
@@ -192,9 +197,9 @@ class Evaluator:
             try:
                 found.append(self._draw(features, indices, range(done, done + count)))
                 done += count
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if count == 1:
-                    raise
+                    raise UserError(f"out of memory at one draw of {len(indices)} images: lower the batch") from error
                 self.rows = count // 2 * len(indices)
         channel_kl = torch.stack([draws.channel_kl for draws in found]).sum(0).cpu() / self.samples  # (B, G, L)
         weights = [draws.log_weights for draws in found if draws.log_weights is not None]
@@ -241,7 +246,7 @@ def evaluate_batches(
     importance_samples: int = 1,
     seed: int = 0,
     draw: int = 0,
-    rows: int = 256,
+    rows: int | None = None,
     parts: Parts | None = None,
 ) -> Figures:
     """The figures of all ranks' batches, on every rank; the model is in eval mode. `parts` are gone on from."""
@@ -339,7 +344,7 @@ def evaluate(
     draws: int = 1,
     importance_samples: int = 1,
     seed: int = 0,
-    rows: int = 256,
+    rows: int | None = None,
     folder: Path | None = None,
 ) -> Evaluation:
     """Evaluates `draws` test draws, `batches(d)` giving this rank's images of draw d; goes on from what `folder` holds.

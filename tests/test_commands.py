@@ -112,9 +112,9 @@ def test_a_published_checkpoint_is_evaluated_with_the_data_of_a_recipe(tmp_path:
     checkpoint.symlink_to(PARITY / "cifar10_flow/checkpoint.pt")
     np.savez(tmp_path / "images.npz", train=np.zeros((4, 32, 32, 3), "uint8"), test=np.zeros((4, 32, 32, 3), "uint8"))
     recipe = tmp_path / "recipe.yaml"
-    data = f"{{name: images, path: {tmp_path / 'images.npz'}, size: 32, memory: 100}}"
-    recipe.write_text(f"name: x\nmodel: {{family: nvae, image_size: 32}}\ndata: {data}\n")
-    assert call("evaluate", checkpoint, "--config", recipe, "--importance-samples", 2) == 0
+    recipe.write_text("name: x\nmodel: {family: nvae, image_size: 32}\ndata: {name: images, size: 32}\n")
+    where = ["--config", recipe, "--data", tmp_path / "images.npz"]
+    assert call("evaluate", checkpoint, *where, "--importance-samples", 2) == 0
     (entry,) = results_of(tmp_path / "published").values()
     assert entry["edge"] == "published" and entry["images"] == 4 and entry["weights"] == "raw"
     assert "published mixture edge" in capsys.readouterr().out

@@ -140,6 +140,19 @@ def test_an_image_is_encoded_once_whatever_the_number_of_samples(images: Tensor)
     assert toy.encoded == 4
 
 
+def test_one_draw_that_does_not_fit_asks_for_a_smaller_batch(images: Tensor) -> None:
+    class Full(LinearGaussian):
+        def decode(self, *args: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(UserError, match="out of memory at one draw of 10 images: lower the batch"):
+        Evaluator(linear_gaussian(Full), samples=30).measure(images[:10], range(10))
+
+
+def test_large_images_are_decoded_few_at_a_time(tiny_config: Any) -> None:
+    assert [Evaluator(NVAE(tiny_config(image_size=size))).rows for size in (8, 32, 64)] == [4096, 256, 64]
+
+
 def test_a_chunk_that_does_not_fit_in_memory_is_halved(images: Tensor) -> None:
     class Small(LinearGaussian):
         def decode(self, features: Any, *args: Any, **kwargs: Any) -> Any:

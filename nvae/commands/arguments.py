@@ -18,6 +18,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, checkpoint, or published checkpoint")
     parser.add_argument("--config", type=Path, metavar="YAML", help="recipe with the data of a bare checkpoint")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="where the images are, if not where the config says")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
     parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -49,6 +50,7 @@ def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
         yield open_subject(
             args.run,
             config=args.config,
+            data=args.data,
             weights=args.weights,
             mixture_edge=args.mixture_edge,
             device=device,

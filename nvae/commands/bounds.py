@@ -42,12 +42,12 @@ def samples_for(subject: Subject, asked: int | None) -> int:
 
 
 def evaluate_bounds(
-    subject: Subject, asked: Measurement, batch: int | None = None, rows: int = 256, compile_model: bool = False
+    subject: Subject, asked: Measurement, batch: int | None = None, rows: int | None = None, compile_model: bool = False
 ) -> dict[str, Any]:
     """The entry of results.json for a measurement: found there, or measured now by all ranks and added.
 
     An evaluation that was stopped goes on where it was. `batch`: images encoded at once (None: the run's); `rows`:
-    images × draws decoded at once.
+    images × draws decoded at once (None: as suits their size).
     """
     results, key = subject.folder / "results.json", key_of(_identity(subject, asked))
     known: dict[str, Any] | None = from_rank_zero(read_results(results).get(key))

@@ -55,12 +55,15 @@ def open_subject(
     path: Path,
     *,
     config: Path | None = None,
+    data: Path | None = None,
     weights: Weights = "ema",
     mixture_edge: MixtureEdge | None = None,
     device: torch.device,
     precision: Precision = "fp32",
 ) -> Subject:
     """A run folder, a checkpoint of one, or any other checkpoint (`config`, a recipe, then says what data it is for).
+
+    `data` takes the place of the config's `data.path`.
 
     Raises UserError for what cannot be loaded, for a recipe whose data is not what the model takes, and for a precision
     that the device lacks.
@@ -78,6 +81,8 @@ def open_subject(
     model = load_model(checkpoint, recipe.model if recipe else None, mixture_edge, weights).to(device)
     if recipe is not None:
         plain = {**recipe.model_dump(mode="json"), "model": model.config.model_dump(mode="json")}
+        if data is not None:
+            plain["data"]["path"] = str(data)
         recipe = run_config(plain, f"{checkpoint} with the data of {config or run_folder / 'config.yaml'}")
     averaged = in_a_run and recipe is not None and recipe.optim.ema is not None
     return Subject(
