@@ -29,3 +29,9 @@ class Interruption:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+def ignore_signals() -> None:
+    """For a process that is about to leave anyway."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from .data.images import Images
 from .data.loading import TrainingStream
 from .data.sets import open_images
 from .folder import RunFolder
-from .interruption import Interruption
+from .interruption import Interruption, ignore_signals
 from .loading import load_model
 from .models.base import Family, ModelConfig
 from .models.registry import build, family
@@ -171,6 +171,7 @@ def _train_in(folder: RunFolder, config: AnyRunConfig, device: torch.device, int
         folder.record_failure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         raise
     folder.record_outcome(outcome)
+    distributed.barrier()  # the first process to leave takes the others with it, rank 0 amid its files
     return outcome
 
 
@@ -317,4 +318,6 @@ def command(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    if code == EXIT_INTERRUPTED:
+        ignore_signals()  # those that schedulers repeat would change the code
     sys.exit(code)

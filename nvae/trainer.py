@@ -5,8 +5,10 @@ The trainer receives built objects; it knows no family, no data set and no comma
 
 import resource
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -358,12 +360,18 @@ def _parallel(model: Family[Any], device: torch.device) -> nn.Module:
     """The model, or the model that exchanges gradients with the other ranks in a few flat buckets."""
     if not is_distributed():
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    # Strides along sides of length 1, which mean nothing, differ between a 1×1 kernel's gradient and its bucket.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    devices = [device.index] if device.type == "cuda" else None
+    options: dict[str, Any] = {_BUFFERS_OPTION: False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+
+
+_BUFFERS_OPTION = (  # whether rank 0 hands out its buffers in every pass; older versions call it otherwise
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from nvae.data.sets import open_images
 from nvae.evaluation import evaluate_batches
 from nvae.loading import load_model
 from nvae.models.base import Output
-from nvae.models.nvae import NVAE
 from nvae.optim import Schedule
 from nvae.trainer import Trainer
 
@@ -221,7 +221,7 @@ def test_an_update_with_a_large_gradient_is_skipped_until_the_limit(tmp_path: Pa
     folder = trained(tmp_path, "optim.skip_norm=1e-6", "optim.skip_limit=2", "train.save_every=1")
     assert column(folder, "skipped") == [1, 2, 2, 3, 4, 4]
     weights = [checkpoint(folder, step)["model"]["stem.weight"] for step in range(7)]
-    changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in pairwise(weights)]
     assert changed == [False, False, True, False, False, True]
 
 
