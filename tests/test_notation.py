@@ -1,4 +1,4 @@
-"""docs/notation.md points at things that exist."""
+"""docs/notation.md and docs/vdvae.md point at things that exist."""
 
 import ast
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "notation.md").read_text(encoding="utf-8")
-REFERENCES = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGE)))
+PAGES = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("notation.md", "vdvae.md"))
+REFERENCES = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGES)))
 
 
 def names(body: list[ast.stmt]) -> dict[str, ast.stmt]:
