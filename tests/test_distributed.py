@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nvae import distributed
 from nvae.cells import Cell, Regular, RegularOp, Separable
 from nvae.config import UserError, validate
+from nvae.convolutions import Conv2d
 from nvae.layers import BatchNorm, measuring
 from nvae.models.nvae import NVAE, NVAEConfig
 from nvae.objective import balance_weights
@@ -88,12 +89,13 @@ def mean_facts() -> Facts:
     return {"mean": mean.detach(), "gradient": gradient.detach(), "second": second}
 
 
-def norm_facts(recompute: bool) -> Facts:
+def norm_facts(into_convolution: bool) -> Facts:
     norm = BatchNorm(5, "swish")
-    norm.recompute = recompute
     nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(4))
+    torch.manual_seed(4)
+    convolution = Conv2d(5, 5, 3)
     x = share(norm_input()).requires_grad_()
-    y = norm(x)
+    y = norm.into(convolution, x) if into_convolution else norm(x)
     (y * share(torch.linspace(-1, 1, norm_input().numel()).reshape(8, 5, 3, 3))).sum().backward()
     assert x.grad is not None
     assert norm.weight.grad is not None
@@ -179,8 +181,8 @@ def state_facts() -> Facts:
 def all_facts() -> dict[str, Facts]:
     return {
         "mean": mean_facts(),
-        "norm": norm_facts(recompute=False),
-        "norm recomputed": norm_facts(recompute=True),
+        "norm": norm_facts(into_convolution=False),
+        "norm into convolution": norm_facts(into_convolution=True),
         "measured": measured_facts(),
         "start": start_facts(),
         "cell": cell_facts(),
@@ -234,7 +236,7 @@ def test_the_second_derivative_of_the_mean_is_that_of_the_mean_loss(ranks: list[
     assert float(sum(r["mean"]["second"] for r in ranks)) / WORLD == pytest.approx(5.5 * 2 * 1.5**2)
 
 
-@pytest.mark.parametrize("fact", ["norm", "norm recomputed"])
+@pytest.mark.parametrize("fact", ["norm", "norm into convolution"])
 def test_batch_norm_of_two_ranks_is_that_of_the_joined_batch(
     ranks: list[dict[str, Facts]], alone: dict[str, Facts], fact: str
 ) -> None:
