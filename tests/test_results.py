@@ -131,6 +131,12 @@ def test_what_cannot_be_compared_is_said(changes: dict[str, Any], warning: str) 
     assert any(warning in reservation for reservation in reservations(entry_of(**changes)))
 
 
+def test_figures_of_a_published_edge_that_flatters_are_known() -> None:
+    very_deep = {result.data: result.published_edge for result in PUBLISHED if result.model == "Very Deep VAE"}
+    assert very_deep == {"cifar10": False, "imagenet_32": False, "imagenet_64": False, "ffhq_256": True}
+    assert not any(result.published_edge for result in PUBLISHED if result.unit == "nats")
+
+
 def test_a_comparable_figure_has_no_reservation() -> None:
     binary = {**entry_of(), "data": "mnist", "likelihood": LikelihoodConfig(kind="bernoulli").model_dump(mode="json")}
     assert reservations(binary) == []
