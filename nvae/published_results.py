@@ -24,7 +24,7 @@ class PublishedResult:
 
     @property
     def published_edge(self) -> bool:
-        """True where it was computed with a published mixture edge that flatters (spec §4; spec_vdvae, Data and loss)."""
+        """True where it was computed with a published edge that flatters (spec §4; spec_vdvae, Data and loss)."""
         flatters = self.model.startswith(NVAE) or (self.model == VDVAE and self.bits < 8)
         return flatters and self.unit == "bits/dim"
 
