@@ -73,3 +73,25 @@ def test_uniform_draws_lie_in_the_unit_interval() -> None:
     assert draws.min() >= 0
     assert draws.max() < 1
     assert float(draws.mean()) == pytest.approx(0.5, abs=4 / (12 * 20_000) ** 0.5)
+
+
+def test_uniform_numbers_are_those_of_splitmix64() -> None:
+    """Against Python's integers; the generator started at 0 begins with 0xE220A8397B1DCDAF (Steele et al. 2014)."""
+
+    def mixed(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    assert mixed(golden) == 0xE220A8397B1DCDAF
+    key = mixed((derived_seed(3, "pixels") + (41 + 1) * golden) % 2**64)
+    expected = [(mixed((key + e * golden) % 2**64) >> 40) / 2**24 for e in range(1, 7)]
+    assert keyed_uniform((1, 2, 3), [41], 3, "pixels", "cpu").flatten().tolist() == expected
+
+
+def test_uniform_draws_of_neighbouring_images_and_elements_are_not_correlated() -> None:
+    draws = keyed_uniform((500, 400), range(500), 0, "pixels", "cpu") - 0.5
+    error = 4 / 12 / 200_000**0.5
+    assert abs(float((draws[1:] * draws[:-1]).mean())) < error
+    assert abs(float((draws[:, 1:] * draws[:, :-1]).mean())) < error
