@@ -106,4 +106,4 @@ class DataConfig(Config):
     @property
     def source(self) -> Path:
         """`path`, or where a set is by default."""
-        return self.path or Path("data") / self.name
+        return (self.path or Path("data") / self.name).expanduser()

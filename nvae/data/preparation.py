@@ -63,7 +63,7 @@ class Job:
     key: str
     """A hash of where the images lie and of all that decides their pixels."""
     fatal: bool
-    """Stop at the first bad image instead of leaving it out."""
+    """Bad images end the preparation instead of being left out."""
 
 
 def read_config(source: str, overrides: list[str], file: Path | None = None) -> DataConfig:
@@ -247,8 +247,6 @@ def _records(job: Job) -> tuple[list[Record], list[Skipped]]:
         try:
             image = job.shaping.rectangle(job.source.load(i))
         except BadImage as error:
-            if job.fatal:
-                raise UserError(f"data.path: {job.source.name(i)}: {error}") from error
             skipped.append((job.source.name(i), str(error)))
             continue
         records.append(encode(job.shaping.square(image) if job.square else image, job.encoding))

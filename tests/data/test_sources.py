@@ -160,3 +160,14 @@ def test_every_bad_image_is_named_at_once(tmp_path: Path) -> None:
         read_all(images)
     assert caught.value.problems == ["b.png: empty file", "c.png: not a PNG, JPEG or WebP image"]
     assert "2 images can't be used" in str(caught.value)
+
+
+def test_bad_images_are_found_among_many(tmp_path: Path) -> None:
+    """Threads read 64 at a time."""
+    names = [f"{i:03d}.png" for i in range(200)]
+    image_folder(tmp_path, names, size=8)
+    for bad in (names[3], names[150]):
+        (tmp_path / bad).write_bytes(b"")
+    with pytest.raises(BadImagesError) as caught:
+        read_all(Shaped(FolderSource(tmp_path, names), Shaping(8, 3)))
+    assert caught.value.problems == ["003.png: empty file", "150.png: empty file"]
