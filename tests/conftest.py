@@ -35,15 +35,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU or ../shared where there is none, and slow tests that no `-m` expression names."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU or ../shared where there is none."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no CUDA device"
     if not SHARED.is_dir():
         reasons["shared"] = "no ../shared beside the repository"
-    if "full" not in config.option.markexpr:
-        reasons["full"] = "slow; run with -m full"
     for item in items:
         for marker, reason in reasons.items():
             if marker in item.keywords:
