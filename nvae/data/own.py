@@ -72,9 +72,8 @@ def _named(path: Path, names: list[str]) -> Source:
 def _all_of(path: Path, within: Path | None = None) -> Source:
     """All images at a path; those of a folder are called by their place `within` another."""
     if path.is_dir() and not (path / "data.mdb").exists():
-        root = within or path
-        below = path.relative_to(root)
-        return _some(FolderSource(root, [(below / name).as_posix() for name in image_files(path)]), path)
+        prefix = "" if within is None else f"{path.relative_to(within).as_posix()}/"
+        return _some(FolderSource(within or path, [prefix + name for name in image_files(path)]), path)
     if path.is_dir():
         return LmdbSource.open(path)
     if path.suffix not in READERS:

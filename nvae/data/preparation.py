@@ -17,7 +17,7 @@ from .config import DataConfig
 from .decoding import BadImage, Shaping
 from .named import SETS
 from .processes import in_processes
-from .sets import open_source, own_splits, shaping
+from .sets import open_sources, shaping
 from .sources import Source
 from .splits import Split
 from .store import (
@@ -100,7 +100,7 @@ def prepare(
     if (out / INDEX).exists():
         return _same_settings(out, settings)
     _claim(out)
-    sources = {split: open_source(config, split) for split in own_splits(config)}
+    sources = open_sources(config)
     jobs = [job for split, source in sources.items() for job in _jobs(out, split, source, config, settings, fatal)]
     index = Index(settings=settings, levels=sources["train"].levels, splits=_write_all(jobs, processes, progress))
     for split, contents in index.splits.items():

@@ -50,12 +50,17 @@ def open_unread(config: DataConfig, split: Split) -> Images:
     return images
 
 
-def own_splits(config: DataConfig) -> list[Split]:
+def open_sources(config: DataConfig) -> dict[Split, Source]:
     """The splits that the configured set has itself: not `validation` where that is the test split standing in."""
-    if is_store(config.source):
-        return [split for split in SPLITS if split in read_index(config.source).splits]
-    validation, test = (open_source(config, split) for split in ("validation", "test"))
-    return [split for split in SPLITS if split != "validation" or pickle.dumps(validation) != pickle.dumps(test)]
+    sources = {split: open_source(config, split) for split in SPLITS}
+    if pickle.dumps(sources["validation"]) == pickle.dumps(sources["test"]):
+        del sources["validation"]
+    return sources
+
+
+def own_splits(config: DataConfig) -> list[Split]:
+    """The names of the splits that the configured set, or the store that it is, has itself."""
+    return list(read_index(config.source).splits if is_store(config.source) else open_sources(config))
 
 
 def open_source(config: DataConfig, split: Split) -> Source:

@@ -102,7 +102,8 @@ def image_files(root: Path) -> list[str]:
             below.clear()
             continue
         seen.add(here)
-        names += [(Path(folder) / file).relative_to(root).as_posix() for file in files]
+        within = Path(folder).relative_to(root).as_posix()
+        names += files if within == "." else [f"{within}/{file}" for file in files]
     return sorted(filter(is_image_name, names))
 
 
@@ -169,8 +170,9 @@ class LmdbSource(Source):
     @classmethod
     def open(cls, path: Path) -> Self:
         """All entries of an LMDB. Raises UserError when it is none, or empty."""
+        path = path.resolve()
         try:
-            with _environment(path.resolve()).begin() as transaction:
+            with _environment(path).begin() as transaction:
                 count = transaction.stat()["entries"]
                 keys: Sequence[bytes] = [b"%d" % i for i in range(count)]
                 if count and transaction.get(b"0") is None:
@@ -190,7 +192,7 @@ class LmdbSource(Source):
 
     def load(self, index: int) -> Image.Image:
         try:
-            with _environment(self.path.resolve()).begin() as transaction:
+            with _environment(self.path).begin() as transaction:
                 data = transaction.get(self.keys[index])
         except lmdb.Error as error:
             raise BadImage(f"cannot be read: {error}") from error
