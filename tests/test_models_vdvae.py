@@ -175,6 +175,14 @@ def test_prior_and_posterior_see_the_state_and_its_concatenation_with_the_tap(mo
     torch.testing.assert_close(block.posterior.reduced(for_posterior), concatenated)
 
 
+def test_a_state_takes_the_first_channels_of_the_one_below_enlarged(model: VDVAE) -> None:
+    block = model.decoder[4]
+    assert isinstance(block, LatentBlock) and block.below == 4
+    x, below = torch.randn(2, 8, 8, 8), torch.randn(2, 12, 4, 4)
+    enlarged = below[:, :8].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(block._joined(x, below), x + enlarged)
+
+
 def test_kl_and_densities_are_those_of_normal_distributions(model: VDVAE, image: Tensor) -> None:
     output = model.double().eval()(image.double(), [n.double() for n in noise(model, 2)])
 
