@@ -79,6 +79,8 @@ def test_layer_strings_say_blocks_pooling_and_mixing() -> None:
         ({"encoder": "8d3"}, "encoder: 8 pixels can't be pooled by 3"),
         ({"decoder": "1x1,2m1,8m2"}, "decoder: resolution 2 is not one of the encoder's (8, 4, 1)"),
         ({"decoder": "1x1,4m8,8x1"}, "4m8: no state of resolution 8 can be enlarged to 4 (possible: 1)"),
+        ({"decoder": "1x1,4m4,8x1"}, "4m4: no state of resolution 4 can be enlarged to 4 (possible: 1)"),
+        ({"decoder": "1x10000,4m1,8x1"}, "decoder: '1x10000' is not a layer"),
         ({"decoder": "1x1,4m1"}, "decoder: has no block at the image's resolution, 8"),
         ({"decoder": "4x1,8m4"}, "decoder: has no block at the encoder's last resolution, 1"),
         ({"widths": "8:16"}, "widths: 16 at the image's resolution, 8, where `width` is 8"),

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
@@ -89,14 +90,14 @@ class VDVAEConfig(ModelConfig):
         return taps
 
     def _check_decoder(self, taps: list[int]) -> None:
-        resolutions = {layer.resolution for layer in self.decoder_layers}
+        resolutions = sorted({layer.resolution for layer in self.decoder_layers})
         for layer in self.decoder_layers:
             if layer.resolution not in taps:
                 raise ValueError(
                     f"decoder: resolution {layer.resolution} is not one of the encoder's ({_listed(taps)})"
                 )
-            if layer.below is not None and (layer.below not in resolutions or layer.resolution % layer.below):
-                possible = sorted(r for r in resolutions if r < layer.resolution and layer.resolution % r == 0)
+            possible = [r for r in resolutions if r < layer.resolution and layer.resolution % r == 0]
+            if layer.below is not None and layer.below not in possible:
                 raise ValueError(
                     f"decoder: {layer.resolution}m{layer.below}: no state of resolution {layer.below} can be enlarged "
                     f"to {layer.resolution} (possible: {_listed(possible)})"
@@ -106,13 +107,13 @@ class VDVAEConfig(ModelConfig):
                 raise ValueError(f"decoder: has no block at {what} resolution, {needed}")
 
     def _check_widths(self, taps: list[int]) -> None:
-        widths = [self.width_at(resolution) for resolution in taps]
-        if widths[0] != self.width:
-            raise ValueError(f"widths: {widths[0]} at the image's resolution, {taps[0]}, where `width` is {self.width}")
-        for (small, narrow), (large, wide) in zip(
-            zip(taps[1:], widths[1:], strict=True), zip(taps, widths, strict=False), strict=False
-        ):
-            if narrow < wide:
+        if self.width_at(taps[0]) != self.width:
+            raise ValueError(
+                f"widths: {self.width_at(taps[0])} at the image's resolution, {taps[0]}, where `width` is {self.width}"
+            )
+        for large, small in pairwise(taps):
+            wide, narrow = self.width_at(large), self.width_at(small)
+            if wide > narrow:
                 raise ValueError(
                     f"widths: {wide} at resolution {large} but {narrow} at {small}: they can't grow with it"
                 )
@@ -142,7 +143,7 @@ def parse_layers(field: str, text: str, joint: Literal["d", "m"]) -> list[Layer]
     """The blocks of a layer string (spec_vdvae, Bricks); `joint` is the letter that changes resolution in it."""
     layers: list[Layer] = []
     for part in text.split(","):
-        match = re.fullmatch(rf"\s*([1-9]\d*)(?:([x{joint}])([1-9]\d*))?\s*", part)
+        match = re.fullmatch(rf"\s*([1-9]\d{{,3}})(?:([x{joint}])([1-9]\d{{,3}}))?\s*", part)
         if match is None:
             raise ValueError(f"{field}: '{part}' is not a layer: write R, RxN or R{joint}K, with commas in between")
         resolution, kind, number = int(match[1]), match[2], int(match[3] or 1)
