@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .models.base import ModelConfig, Recomputation
+from .models.base import Family, Metrics, ModelConfig, Output, Recomputation
 from .models.registry import build
 
 
@@ -35,18 +35,54 @@ def step_memory(
 ) -> StepMemory:
     """The memory of one training step on a batch; `precision` is autocast's type, none for float32 throughout."""
     with FakeTensorMode():
-        model = build(config).train()
-        model.set_recomputation(recompute)
-        model.mark_loaded()
-        images = torch.zeros(batch, config.image_channels, config.image_size, config.image_size)
-        noise = [torch.zeros(shape) for shape in model.latent_shapes(batch)]
+        model, images, noise = _inputs(config, batch, recompute)
         with LiveBytes(apart=model) as bytes_:
-            with torch.autocast("cpu", dtype=precision) if precision else nullcontext():
-                output = model(images, noise)
-            loss, _ = model.loss(output, progress=1.0)
+            loss, others = _step(model, images, noise, precision)
             kept = bytes_.peak = bytes_.live
             loss.backward()  # type: ignore[no-untyped-call]
+            del others
     return StepMemory(kept, bytes_.peak)
+
+
+def saved_bytes(
+    config: ModelConfig, batch: int = 1, recompute: Recomputation = "none", precision: torch.dtype | None = None
+) -> int:
+    """What autograd saves for the backward pass of a step, by its own account: saved-tensor hooks see each tensor.
+
+    A storage counts once; weights and buffers do not. The difference of two batches is what an image takes.
+    """
+    with FakeTensorMode():
+        model, images, noise = _inputs(config, batch, recompute)
+        apart = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        saved: dict[int, Tensor] = {}  # by storage; held, lest another storage take its place in memory
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in apart:
+                saved[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _step(model, images, noise, precision)
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _inputs(config: ModelConfig, batch: int, recompute: Recomputation) -> tuple[Family[Any], Tensor, list[Tensor]]:
+    """A model in training mode, images and noise."""
+    model = build(config).train()
+    model.set_recomputation(recompute)
+    model.mark_loaded()
+    images = torch.zeros(batch, config.image_channels, config.image_size, config.image_size)
+    return model, images, [torch.zeros(shape) for shape in model.latent_shapes(batch)]
+
+
+def _step(
+    model: Family[Any], images: Tensor, noise: list[Tensor], precision: torch.dtype | None
+) -> tuple[Tensor, tuple[Output, Metrics]]:
+    """The loss, and what a trainer has besides."""
+    with torch.autocast("cpu", dtype=precision) if precision else nullcontext():
+        output = model(images, noise)
+    loss, metrics = model.loss(output, progress=1.0)
+    return loss, (output, metrics)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

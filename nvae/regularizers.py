@@ -26,7 +26,7 @@ class SpectralPenalty(nn.Module):
         super().__init__()
         for key, shape in shapes.items():
             self.register_buffer(f"u_{key}", torch.zeros(shape))
-        self._started = False
+        self._started: bool | None = False  # None: the buffers tell
         self.register_load_state_dict_post_hook(_forget_start)  # type: ignore[no-untyped-call]
 
     def forward(self, matrices: Mapping[str, Tensor]) -> Tensor:
@@ -48,12 +48,11 @@ class SpectralPenalty(nn.Module):
 
     def _has_started(self) -> bool:
         """False until the first iterations, in this run or in the one that saved the vectors."""
-        if not self._started:
+        if self._started is None:
             self._started = any(bool(buffer.any()) for buffer in self.buffers())
-            if not self._started:
-                self._randomise()
-                return False
-        return True
+        if not self._started:
+            self._randomise()
+        return self._started
 
     def _randomise(self) -> None:
         for name, buffer in self.named_buffers():
@@ -71,7 +70,7 @@ def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
 
 
 def _forget_start(module: nn.Module, incompatible: Any) -> None:
-    module._started = False  # type: ignore[assignment]
+    module._started = None  # type: ignore[assignment]
 
 
 def batch_norm_penalty(scales: Iterable[Tensor]) -> Tensor:

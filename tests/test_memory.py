@@ -1,10 +1,13 @@
 """Counting a step's memory: against sizes known by hand, and the same on real tensors as on fake ones."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from nvae.config import validate
-from nvae.memory import LiveBytes, step_memory
+from nvae.memory import LiveBytes, saved_bytes, step_memory
+from nvae.models.nvae import NVAEConfig
 from nvae.models.vdvae import VDVAE, VDVAEConfig
 
 MODEL = validate(
@@ -57,6 +60,14 @@ def test_fake_tensors_count_as_real_ones() -> None:
         kept = count.live
     assert loss.requires_grad and metrics
     assert step_memory(MODEL, batch=2).kept == kept
+
+
+def test_autograds_own_account_is_what_an_image_keeps(tiny_config: Callable[..., NVAEConfig]) -> None:
+    """Counted by hooks and as living storage; the output is alive as well."""
+    config = tiny_config(objective={"spectral": 0})
+    hooked, living = (saved_bytes(config, n) for n in (2, 4)), (step_memory(config, n).kept for n in (2, 4))
+    (two, four), (living_two, living_four) = hooked, living
+    assert 0.9 * (living_four - living_two) < four - two <= living_four - living_two
 
 
 def test_recomputation_and_mixed_precision_keep_less() -> None:
