@@ -12,7 +12,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental import _config
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,14 +34,15 @@ def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, recompile_limit=KINDS_OF_INPUT)
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling() or not _worth_compiling(args[0]):
                 return function(*args, **kwargs)
-            with torch.no_grad():
-                return compiled(*args, **kwargs)
+            with torch.no_grad(), dynamo.patch(recompile_limit=KINDS_OF_INPUT):
+                result: R = compiled(*args, **kwargs)
+            return result
 
         return call
 
@@ -46,8 +50,10 @@ def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _worth_compiling(x: object) -> bool:
+    """False for small tensors, and where somebody watches every operator: a FLOP counter, fake tensors."""
     assert isinstance(x, Tensor)
-    return x.numel() >= WORTH_COMPILING and not isinstance(x, FakeTensor) and compiles(x.device.type)
+    watched = isinstance(x, FakeTensor) or _get_current_dispatch_mode() is not None
+    return x.numel() >= WORTH_COMPILING and not watched and compiles(x.device.type)
 
 
 @cache
