@@ -267,15 +267,14 @@ def _start_from(path: str, state: TrainingState) -> None:
 
 
 def _out_of_memory(config: AnyRunConfig) -> str:
-    """What to change."""
-    data, recompute = config.data, config.train.recompute
-    smaller = [] if data.batch == 1 else [f"data.batch={data.batch // 2} data.global_batch={_global_batch(config)}"]
-    further = [] if recompute == "cells" else ["train.recompute=cells"]
-    less = [] if config.train.precision in ("bf16", "fp16", "mixed") else ["train.precision=mixed"]
+    """What to change, the least first."""
+    data, recompute, precision = config.data, config.train.recompute, config.train.precision
+    options = [] if recompute == "cells" else ["train.recompute=cells"]
+    options += [] if precision in ("bf16", "fp16", "mixed") else ["train.precision=mixed"]
+    options += [] if data.batch == 1 else [f"data.batch={data.batch // 2} data.global_batch={_global_batch(config)}"]
     return (
-        f"out of memory with data.batch={data.batch}, train.recompute={recompute} and "
-        f"train.precision={config.train.precision}; {' or '.join(smaller + further + less) or 'take a smaller model'} "
-        "would need less, and the run goes on from its last checkpoint"
+        f"out of memory with data.batch={data.batch}, train.recompute={recompute} and train.precision={precision}; "
+        f"{' or '.join(options) or 'a smaller model'} would need less, and the run goes on from its last checkpoint"
     )
 
 

@@ -379,6 +379,37 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path, alter: Alter) -> None
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     alter(lambda model: model.stem.register_forward_hook(exhausted))
-    with pytest.raises(UserError, match=r"data\.batch=16 data\.global_batch=32 or train\.recompute=cells or") as error:
+    said = r"train\.recompute=cells or train\.precision=mixed or data\.batch=16 data\.global_batch=32 would need less"
+    with pytest.raises(UserError, match=said) as error:
         run.train(tiny_run(), tmp_path)
     assert outcome(tmp_path / "tiny")["message"] == f"rank 0: {error.value}"
+
+
+# -------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "mixed"])
+def test_every_precision_trains_on_a_gpu(tmp_path: Path, precision: str) -> None:
+    folder = trained(tmp_path, "train.device=cuda", f"train.precision={precision}", "train.steps=20", *EVERY_BRICK)
+    nelbo = column(folder, "nelbo")
+    assert nelbo[-1] < 0.9 * nelbo[0]
+    assert checkpoint(folder)["model"]["stem.weight"].dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_a_loss_scale_that_is_too_high_comes_down(tmp_path: Path) -> None:
+    options = ["train.precision=fp16", "train.device=cuda", f"train.loss_scale={2.0**24}", "train.steps=20"]
+    folder = trained(tmp_path, *options, "train.non_finite_limit=20")
+    scales, non_finite = column(folder, "loss_scale"), column(folder, "non_finite")
+    assert 0 < non_finite[-1] < 20
+    assert scales[-1] == 2.0**24 / 2 ** non_finite[-1]
+
+
+@pytest.mark.gpu
+def test_the_gpu_has_the_losses_of_the_cpu(tmp_path: Path) -> None:
+    """Up to the noise, which devices draw differently: the bound of the averaged weights is close."""
+    options = [*EVERY_BRICK, "train.steps=20"]
+    cpu = column(trained(tmp_path / "cpu", *options), "validation_ema/bound")
+    gpu = column(trained(tmp_path / "gpu", *options, "train.device=cuda"), "validation_ema/bound")
+    assert gpu == pytest.approx(cpu, rel=2e-2)
