@@ -1,15 +1,21 @@
 """Counting a step's memory: against sizes known by hand, and the same on real tensors as on fake ones."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from nvae.config import validate
+from nvae.loading import config_from
 from nvae.memory import LiveBytes, saved_bytes, step_memory
+from nvae.models.base import Recomputation
 from nvae.models.nvae import NVAEConfig
 from nvae.models.vdvae import VDVAE, VDVAEConfig
 
+ROOT = Path(__file__).parents[1]
 MODEL = validate(
     VDVAEConfig,
     {
@@ -24,6 +30,15 @@ MODEL = validate(
     },
     "test",
 )
+
+
+MODES: list[tuple[torch.dtype | None, Recomputation]] = [
+    (None, "none"),
+    (None, "cells"),
+    (torch.bfloat16, "none"),
+    (torch.bfloat16, "cells"),
+]
+"""The columns of the table in docs/vdvae.md."""
 
 
 def test_storage_counts_once_while_a_tensor_uses_it_and_weights_never() -> None:
@@ -80,3 +95,15 @@ def test_memory_grows_in_proportion_to_the_batch() -> None:
     two, three, four = (step_memory(MODEL, batch).kept for batch in (2, 3, 4))
     assert four - three == three - two
     assert 1.9 * two < four <= 2 * two
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", ["vdvae_cifar10", "vdvae_ffhq_1024"])
+def test_the_page_tells_the_memory_of_a_recipe(recipe: str) -> None:
+    row = re.search(rf"^\| `{recipe}` \|(.*)\|$", (ROOT / "docs" / "vdvae.md").read_text()[-3000:], re.MULTILINE)
+    assert row is not None
+    cells = [cell.strip() for cell in row[1].split("|")]
+    config, batch = config_from(ROOT / "configs" / f"{recipe}.yaml"), int(cells[0])
+    for cell, (precision, mode) in zip(cells[1:], MODES, strict=True):
+        found = step_memory(config, batch, mode, precision)
+        assert cell == f"{found.kept / 2**20:.0f}; {found.peak / 2**20:.0f}"
