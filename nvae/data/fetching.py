@@ -6,9 +6,12 @@ decoding them costs.
 Shapes: B images of a request, C channels, H W pixels.
 """
 
+import atexit
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any, cast
 
@@ -58,13 +61,16 @@ def _from_processes(
 ) -> Iterator[tuple[Tensor, Request]]:
     # All that may be under way, the batch in use and the one that is asked for before that is given back.
     slots = _shared_memory(PREFETCH * workers + 2, largest, images.shape)
+    leaving = _shared_memory(1, 1, (1, 1, 1))
+    leave = partial(leaving.fill_, 1)
+    atexit.register(leave)
     loader = DataLoader(
         _Reader(images, slots),
         sampler=(replace(request, slot=i % len(slots)) for i, request in zip(count(), requests, strict=False)),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=partial(_leave_with_the_reader, leaving),
         multiprocessing_context=process_context(),
         generator=torch.Generator(),  # its own: the global one must not depend on how often a loader starts
     )
@@ -77,16 +83,19 @@ def _from_processes(
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise UserError("data.workers: a loader process was killed, by a lack of memory perhaps; lower it") from error
+    finally:
+        atexit.unregister(leave)
+        leave()
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _leave_with_the_reader(leaving: Tensor, worker: int) -> None:
     """Lets a loader process outlive what terminals and schedulers send to all processes of a run.
 
-    The process that trains still needs it until everything is saved, and then ends it: the second SIGTERM counts.
+    The process that reads still needs it until everything is saved. SIGTERM counts once that one is `leaving`.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if leaving.any() else None)
 
 
 def _shared_memory(count: int, largest: int, shape: tuple[int, int, int]) -> Tensor:

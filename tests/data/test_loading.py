@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import subprocess
+import sys
+import textwrap
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -301,6 +304,33 @@ def test_a_bad_file_met_in_training_is_named(tmp_path: Path) -> None:
     images = open_images(lazy, "train")
     with pytest.raises(UserError, match=r"5\.png: damaged or truncated"):
         list(islice(TrainingStream(images, lazy, seed=0, device=CPU).batches(0), 4))
+
+
+UNEXPECTED = """
+    import torch
+    from nvae.data.config import DataConfig
+    from nvae.data.loading import TrainingStream
+    from data.test_loading import Lazy, config, numbered
+
+    if __name__ == "__main__":
+        batches = TrainingStream(Lazy(numbered(9)), config(workers=1), seed=0, device=torch.device("cpu")).batches(0)
+        next(batches)
+        raise ZeroDivisionError
+"""
+
+
+def test_loader_processes_do_not_keep_a_failed_program_from_ending(tmp_path: Path) -> None:
+    """The traceback keeps the loader alive, and processes that ignore signals would be waited for without end."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(UNEXPECTED))
+    paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 2))
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.stderr.rstrip().endswith("ZeroDivisionError")
 
 
 def test_images_in_memory_travel_to_other_processes() -> None:
