@@ -46,7 +46,8 @@ class TrainConfig(Config):
     loss_scale: float = Field(2.0**10, gt=0)
     """Loss scale that fp16 starts with."""
     recompute: Recomputation = "none"
-    """What the backward pass computes again to save memory: nothing, batch norm and swish, or whole cells."""
+    """What the backward pass computes again to save memory: nothing more than it must, batch norm and swish (NVAE does
+    that in any case), or whole cells."""
     compile: bool = False
     """Compile the model's parts with torch.compile; the first steps then take longer."""
     log_every: int = Field(50, ge=1)
