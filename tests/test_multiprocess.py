@@ -19,6 +19,7 @@ from torch import Tensor
 from nvae import distributed, run
 from nvae.config import UserError
 from nvae.continuation import require_same_config
+from nvae.folder import RunFolder
 from nvae.trainer import Trainer
 from nvae.watching import Watcher
 
@@ -48,8 +49,10 @@ def facts(folder: Path) -> None:
         "collectives": {mode: collectives(folder / mode, mode) for mode in ("none", "activations", "cells")},
         "gradient": train(folder / "gradient", altered=poison_a_gradient_of_rank_one),
         "stays": complaint(lambda: train(folder / "stays", *stays, altered=poison_rank_one)),
-        "stopped": train(folder / "stopped", *PLAIN, "data.batch=16", altered=stop_rank_one),
     }
+    make_saving_slow()
+    found["stopped"] = train(folder / "stopped", *PLAIN, "data.batch=16", altered=stop_rank_one)
+    found["written by then"] = outcome(folder / "stopped" / "tiny")["outcome"]
     (folder / f"facts-{rank}.json").write_text(json.dumps(found))
 
 
@@ -108,6 +111,18 @@ def stop_rank_one(model: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     model.stem.register_forward_pre_hook(signalled)
+
+
+def make_saving_slow() -> None:
+    """As of a model of gigabytes."""
+    original = RunFolder.save
+
+    def save(self: RunFolder, step: int, *args: Any, **kwargs: Any) -> None:
+        if distributed.rank() == 0 and step > 0:
+            time.sleep(0.5)
+        original(self, step, *args, **kwargs)
+
+    RunFolder.save = save  # type: ignore[method-assign]
 
 
 def collectives(folder: Path, mode: str) -> list[int]:
@@ -234,6 +249,11 @@ def test_all_ranks_stop_with_the_name_of_the_one_that_went_bad(ranks: tuple[Path
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: tuple[Path, list[Facts]]) -> None:
     assert [found["stopped"] for found in ranks[1]] == [75, 75]
     assert outcome(ranks[0] / "stopped" / "tiny") == {"outcome": "interrupted", "step": 7, "message": ""}
+
+
+def test_no_rank_leaves_before_everything_is_written(ranks: tuple[Path, list[Facts]]) -> None:
+    """Launchers kill the others when the first is gone."""
+    assert [found["written by then"] for found in ranks[1]] == ["interrupted", "interrupted"]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(ranks: tuple[Path, list[Facts]], alone: Path) -> None:

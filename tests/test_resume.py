@@ -88,6 +88,18 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     assert_same_end(tmp_path / "tiny", uninterrupted)
 
 
+def test_a_family_that_draws_for_itself_goes_on_exactly_too(
+    tmp_path: Path, at_step: Callable[[int, Callable[[], Any]], None]
+) -> None:
+    toy = "model={family: 'toy_family:Toy', image_size: 8, image_channels: 1, likelihood: {kind: bernoulli}}"
+    assert run.train(tiny_run(toy), tmp_path / "plain") == 0
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run.train(tiny_run(toy), tmp_path) == 75
+    assert run.train(tiny_run(toy), tmp_path) == 0
+    found, expected = checkpoint(tmp_path / "tiny"), checkpoint(tmp_path / "plain" / "tiny")
+    assert differences(found["model"], expected["model"]) == []
+
+
 # ------------------------------------------------------------------------------------------------------------ kills
 
 
@@ -285,10 +297,11 @@ def test_smaller_passes_keep_the_global_batch(half_done: Path) -> None:
     assert counters["images_seen"] == 6 * 32
 
 
-def test_a_finished_run_is_left_as_it_is(half_done: Path) -> None:
+def test_a_finished_run_is_left_as_it_is(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.train(tiny_run(), half_done) == 0
     before = {file: file.read_bytes() for file in (half_done / "tiny" / "checkpoints").iterdir()}
     written = (half_done / "tiny" / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr("nvae.watching.Watcher.bounds", lambda *args: pytest.fail("validated again"))
     assert run.train(tiny_run(), half_done) == 0
     assert {file: file.read_bytes() for file in (half_done / "tiny" / "checkpoints").iterdir()} == before
     assert (half_done / "tiny" / "metrics.jsonl").read_bytes() == written

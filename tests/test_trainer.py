@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import EVERY_BRICK, checkpoint, column, differences, log, outcome, tiny_run
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from nvae import run
 from nvae.config import UserError
@@ -21,6 +22,7 @@ from nvae.loading import load_model
 from nvae.models.base import Output
 from nvae.optim import Schedule
 from nvae.trainer import Trainer
+from nvae.watching import numbers_of
 
 Alter = Callable[[Callable[[Any], Any]], None]
 
@@ -277,6 +279,24 @@ def test_recomputation_changes_neither_weights_nor_statistics(tmp_path: Path, mo
     assert int(found["preprocess.0.ops.0.norm.num_batches_tracked"]) == 2 * 3
 
 
+@pytest.mark.full
+def test_a_compiled_model_trains_the_same_and_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trained(tmp_path / "plain")
+    graphs: list[int] = []
+    original = Trainer.step
+
+    def step(self: Trainer) -> Any:
+        metrics = original(self)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return metrics
+
+    monkeypatch.setattr(Trainer, "step", step)
+    compiled = trained(tmp_path / "compiled", "train.compile=true")
+    assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
+    assert graphs[0] > 0
+    assert len(set(graphs[2:])) == 1
+
+
 # -------------------------------------------------------------------------------------------------------- watching
 
 
@@ -292,6 +312,12 @@ def test_every_number_is_logged(tmp_path: Path) -> None:
     }
     names = ("nelbo", "reconstruction", "kl", "bound_1", "bound")
     assert set(last) == {"step", *(f"{which}/{name}" for which in ("validation", "validation_ema") for name in names)}
+
+
+def test_active_units_are_channels_of_more_than_a_tenth_of_a_nat() -> None:
+    channel_kl = torch.tensor([[0.09, 0.2], [0.11, 0.5], [0.0, 0.1]])
+    numbers = numbers_of({"channel_kl": channel_kl}, tiny_run().model, torch.device("cpu"))
+    assert numbers == {"active_units/00": 1, "active_units/01": 2, "active_units/02": 0}
 
 
 def test_the_board_has_numbers_pictures_config_and_result(tmp_path: Path) -> None:
