@@ -68,13 +68,16 @@ def convolve_activated(
 
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of `convolve`'s x (of which only shape and type count), from that of its result."""
-    scale = 2 if geometry.enlarge else 1
-    height, width = x.shape[2] * scale, x.shape[3] * scale
+    if geometry.enlarge:
+        batch, channels, height, width = x.shape
+        shape = (batch, channels, 2 * height, 2 * width)
+        x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     if geometry.is_depthwise(weight):
-        x_grad = depthwise.input_gradient(grad, weight, height, width, geometry.stride)
+        x_grad = depthwise.input_gradient(grad, weight, *x.shape[2:], geometry.stride)
     else:
-        like = grad.new_empty(1).expand(x.shape[0], x.shape[1], height, width)
-        x_grad = _torch_gradients(grad, like, weight, None, geometry, (True, False, False))[0]
+        x_grad = _torch_gradients(
+            grad, torch.empty_like(x, dtype=grad.dtype), weight, None, geometry, (True, False, False)
+        )[0]
     return F.avg_pool2d(x_grad, 2, divisor_override=1) if geometry.enlarge else x_grad
 
 

@@ -8,13 +8,13 @@ Without a compiler it runs as it is written, and one warning says so.
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental import _config
+from torch.fx.experimental import _config as shapes
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P = ParamSpec("P")
@@ -22,9 +22,12 @@ R = TypeVar("R")
 
 WORTH_COMPILING = 2**16
 """Tensors with fewer elements than this run uncompiled: a kernel's gain, below 0.2 ms, would not pay for making it."""
-KINDS_OF_INPUT = 256
-"""How many kinds of input (shapes, types, modes) one function may be compiled for; one more is an error, never a
-silent return to uncompiled code."""
+KINDS_OF_CALLS = 256
+"""How many kinds of calls (sizes, types, modes) one function may be compiled for; one more is an error, never a silent
+return to uncompiled code."""
+
+RECOMPILE_LIMIT = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+"""Dynamo's name for that limit; the second is torch 2.6's."""
 
 
 def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -35,18 +38,32 @@ def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+        met: set[Any] = set()  # kinds of calls that surely compile nothing
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling() or not _worth_compiling(args[0]):
                 return function(*args, **kwargs)
-            with torch.no_grad(), dynamo.patch(recompile_limit=KINDS_OF_INPUT):
-                result: R = compiled(*args, **kwargs)
-            return result
+            with torch.no_grad():
+                kind = (torch.get_num_threads(), torch.is_autocast_enabled(), *map(_kind, args))
+                if kind in met:
+                    return compiled(*args, **kwargs)
+                # Sizes that happen to be equal are no reason for a kernel of its own.
+                with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                    result: R = compiled(*args, **kwargs)
+                met.add(kind)
+                return result
 
         return call
 
     return decorate
+
+
+def _kind(argument: object) -> object:
+    """What a compiled function may depend on in an argument."""
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
 
 
 def _worth_compiling(x: object) -> bool:

@@ -3,11 +3,9 @@
 Forward: one pass measures, one normalises and activates. Backward: one pass makes the activated input again, its
 slope and both sums; one makes the gradient of x. Only x is kept. `BatchNorm.into` carries this through a convolution.
 
-Shapes: B batch, C channels, H W space. Kernels see `rows`: (T, R, C), the B·H·W pixels of channels-last memory in T
-runs of R, so that sums over a run stay in registers and in the nearest cache.
+Shapes: B batch, C channels, H W space.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -23,10 +21,8 @@ from .distributed import all_mean, world_size
 from .fusion import fused
 from .latents import at_least_float32
 
-LONGEST_RUN = 32
-
-Statistics = tuple[Tensor, Tensor]
-"""Mean and biased variance of a batch, (C,) each."""
+Statistics = Tensor
+"""Mean and biased variance of a batch, (2, C), float32 or more."""
 
 
 class BatchNorm(nn.Module):
@@ -60,16 +56,15 @@ class BatchNorm(nn.Module):
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
             return ACTIVATIONS[self.activation](y)
         x = x.contiguous(memory_format=torch.channels_last)
-        mean, var = self._batch_statistics(x)
-        return cast(Tensor, _Normalised.apply(x, self.weight, self.bias, mean, var, self.eps, self.activation))
+        statistics = self._batch_statistics(x)
+        return cast(Tensor, _Normalised.apply(x, self.weight, self.bias, statistics, self.eps, self.activation))
 
     def into(self, convolution: Conv2d, x: Tensor) -> Tensor:
         """convolution(self(x)), keeping only x for the backward pass: (B, C, H, W) -> (B, O, H', W')."""
         if not self.training:
             return cast(Tensor, convolution(self(x)))
         x = x.contiguous(memory_format=torch.channels_last)
-        mean, var = self._batch_statistics(x)
-        norm = (self.weight, self.bias, mean, var, self.eps, self.activation)
+        norm = (self.weight, self.bias, self._batch_statistics(x), self.eps, self.activation)
         kernel = for_autocast(convolution.effective_weight())
         return cast(Tensor, _Convolved.apply(x, *norm, kernel, convolution.bias, convolution.geometry))
 
@@ -81,23 +76,27 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _measure(self, x: Tensor) -> Statistics:
-        """Mean and biased variance (C,) over B, H, W and ranks; advances the running statistics."""
-        mean, var = _moments(_rows(x.detach()))
+        """Over B, H, W and ranks; advances the running statistics."""
+        moments = _moments(x)
         ranks, momentum = (1, 1.0) if self._alone else (world_size(), self.momentum)
         if ranks > 1:
-            # One collective; float64 because var = E[x²] − E[x]² cancels.
-            mean64, var64 = mean.double(), var.double()
-            moments = all_mean(torch.stack([mean64, var64 + mean64.square()]))
-            moments[1] -= moments[0].square()
-            mean, var = moments.to(mean.dtype).unbind()
+            moments = _over_ranks(moments)
+        mean, var = moments
         count = x.numel() // x.shape[1] * ranks * self.copies
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
         self.num_batches_tracked.add_(1)
-        return mean, var
+        return moments
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_statistics": None}
+
+
+def _over_ranks(moments: Tensor) -> Tensor:
+    """Mean and variance over all ranks from each rank's; one collective, in float64 because E[x²] − E[x]² cancels."""
+    mean, var = moments.double()
+    mean, square = all_mean(torch.stack([mean, var + mean.square()]))
+    return torch.stack([mean, square - mean.square()]).to(moments.dtype)
 
 
 @contextmanager
@@ -140,20 +139,20 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, activation: Activation
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, eps: float, activation: Activation
     ) -> Tensor:
-        scale = torch.rsqrt(var + eps)
-        ctx.save_for_backward(x, weight, bias, mean, scale)
+        norm = _coefficients(weight, bias, moments, eps)
+        ctx.save_for_backward(x, norm)
         ctx.activation = activation
-        return _like(x, _normalised(_rows(x), mean, scale, weight, bias, activation, x.dtype))
+        return _normalised(x, norm, activation, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *norm = ctx.saved_tensors
+        x, norm = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         _, gradients = _backward(x, grad, norm, ctx.activation, again=False)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None
 
 
 class _Convolved(torch.autograd.Function):
@@ -165,112 +164,93 @@ class _Convolved(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
+        moments: Tensor,
         eps: float,
         activation: Activation,
         kernel: Tensor,
         kernel_bias: Tensor | None,
         geometry: Geometry,
     ) -> Tensor:
-        scale = torch.rsqrt(var + eps)
-        ctx.save_for_backward(x, weight, bias, mean, scale, kernel, kernel_bias)
+        norm = _coefficients(weight, bias, moments, eps)
+        ctx.save_for_backward(x, norm, kernel, kernel_bias)
         ctx.activation, ctx.geometry = activation, geometry
-        y = _like(x, _normalised(_rows(x), mean, scale, weight, bias, activation, kernel.dtype))
-        return convolve(y, kernel, kernel_bias, geometry)
+        return convolve(_normalised(x, norm, activation, kernel.dtype), kernel, kernel_bias, geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *norm, kernel, kernel_bias = ctx.saved_tensors
+        x, norm, kernel, kernel_bias = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         y_grad = input_gradient(grad, x, kernel, ctx.geometry)
         y, gradients = _backward(x, y_grad, norm, ctx.activation, again=True)
         assert y is not None
         kernel_grad, kernel_bias_grad = parameter_gradients(grad, y, kernel, kernel_bias, ctx.geometry)
-        return *gradients, None, None, None, None, kernel_grad, kernel_bias_grad, None
+        return *gradients, None, None, None, kernel_grad, kernel_bias_grad, None
+
+
+def _coefficients(weight: Tensor, bias: Tensor, moments: Tensor, eps: float) -> Tensor:
+    """(4, C): mean, 1/σ, γ, β."""
+    mean, var = moments
+    return torch.stack([mean, torch.rsqrt(var + eps), weight, bias])
 
 
 def _backward(
-    x: Tensor, y_grad: Tensor, norm: list[Tensor], activation: Activation, *, again: bool
+    x: Tensor, y_grad: Tensor, norm: Tensor, activation: Activation, *, again: bool
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
-    """The activated output where wanted `again`, and the gradients of (x, γ, β); `norm` is (γ, β, mean, 1/σ).
+    """The activated output where wanted `again`, and the gradients of (x, γ, β).
 
     The gradients of γ and β are this rank's; their mean over ranks is what x's gradient needs.
     """
-    weight, bias, mean, scale = norm
-    rows, rows_grad = _rows(x), _rows(y_grad)
-    y, u_grad, sums = _activation_backward(rows, rows_grad, mean, scale, weight, bias, activation, again)
+    y, u_grad, sums = _activation_backward(x, y_grad, norm, activation, again)
     means = all_mean(sums) / (x.numel() // x.shape[1])
-    x_grad = _input_gradient(rows, rows_grad if u_grad is None else u_grad, mean, scale, weight, means)
-    return None if y is None else _like(x, y), (_like(x, x_grad), sums[1], sums[0])
+    x_grad = _input_gradient(x, y_grad if u_grad is None else u_grad, norm, means)
+    return y, (x_grad, sums[1], sums[0])
 
 
 # ------------------------------------------------------------------------------------------------ passes over memory
+# Sums run along a row of pixels first, then over rows: what is partly summed stays in registers and the nearest cache.
 
 
 @fused(dynamic=True)
-def _moments(rows: Tensor) -> Statistics:
-    """Mean and biased variance (C,). Sums are of distances to the mean of the first run, so that they don't cancel."""
-    start = at_least_float32(rows[0]).mean(0)
-    distance = at_least_float32(rows) - start
-    count = rows.shape[0] * rows.shape[1]
-    first = distance.sum(1).sum(0) / count
-    second = distance.square().sum(1).sum(0) / count
-    return start + first, (second - first.square()).clamp(min=0)
+def _moments(x: Tensor) -> Tensor:
+    """Mean and biased variance (2, C). Sums are of distances to the mean of one row of pixels, lest they cancel."""
+    start = at_least_float32(x[0, :, 0]).mean(1)
+    distance = at_least_float32(x) - start[:, None, None]
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    first = distance.sum(3).sum((0, 2)) / count
+    second = distance.square().sum(3).sum((0, 2)) / count
+    return torch.stack([start + first, (second - first.square()).clamp(min=0)])
 
 
 @fused(dynamic=True)
-def _normalised(
-    rows: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: Activation,
-    dtype: torch.dtype,
-) -> Tensor:
-    u = (at_least_float32(rows) - mean) * (scale * weight) + bias
+def _normalised(x: Tensor, norm: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
+    """act(γ x̂ + β) in a type of its own."""
+    mean, scale, weight, bias = norm[:, :, None, None]
+    u = (at_least_float32(x) - mean) * (scale * weight) + bias
     return ACTIVATIONS[activation](u).to(dtype)
 
 
 @fused(dynamic=True)
 def _activation_backward(
-    rows: Tensor,
-    y_grad: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: Activation,
-    again: bool,
+    x: Tensor, y_grad: Tensor, norm: Tensor, activation: Activation, again: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The activated output y where wanted `again`; the gradient of the activation's input u, if it is not that of y;
     and (2, C): the sum of that gradient, and of its product with x̂."""
-    normalised = (at_least_float32(rows) - mean) * scale
+    mean, scale, weight, bias = norm[:, :, None, None]
+    normalised = (at_least_float32(x) - mean) * scale
     y, slope = with_slope(activation, normalised * weight + bias)
     u_grad = at_least_float32(y_grad) * slope
-    sums = torch.stack([u_grad.sum(1).sum(0), (u_grad * normalised).sum(1).sum(0)])
+    sums = torch.stack([u_grad.sum(3).sum((0, 2)), (u_grad * normalised).sum(3).sum((0, 2))])
     kept = None if activation == "identity" else u_grad.to(y_grad.dtype)
     return y.to(y_grad.dtype) if again else None, kept, sums
 
 
 @fused(dynamic=True)
-def _input_gradient(rows: Tensor, u_grad: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, means: Tensor) -> Tensor:
-    """γ/σ · (u_grad − mean of it − x̂ · mean of it times x̂)."""
-    normalised = (at_least_float32(rows) - mean) * scale
-    centred = at_least_float32(u_grad) - means[0] - normalised * means[1]
-    return (centred * (scale * weight)).to(rows.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) in channels-last memory as (T, R, C), without a copy."""
-    batch, channels, height, width = x.shape
-    run = math.gcd(batch * height * width, LONGEST_RUN)
-    return x.permute(0, 2, 3, 1).reshape(-1, run, channels)
-
-
-def _like(x: Tensor, rows: Tensor) -> Tensor:
-    """The reverse of `_rows`, for the B, H, W of x."""
-    batch, channels, height, width = x.shape
-    return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+def _input_gradient(x: Tensor, u_grad: Tensor, norm: Tensor, means: Tensor) -> Tensor:
+    """γ/σ · (u_grad − its mean − x̂ · mean of its product with x̂)."""
+    mean, scale, weight, _ = norm[:, :, None, None]
+    grad_mean, product_mean = means[:, :, None, None]
+    normalised = (at_least_float32(x) - mean) * scale
+    centred = at_least_float32(u_grad) - grad_mean - normalised * product_mean
+    x_grad: Tensor = centred * (scale * weight)
+    return x_grad.to(x.dtype)
