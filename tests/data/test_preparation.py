@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -244,22 +245,25 @@ def test_shards_of_other_images_are_not_continued(
     assert len(list(store.glob("*.safetensors"))) == 4
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 4000 bytes."""
+    """No file may grow beyond 4000 bytes; for no longer than needed, because the test's own output may be a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_ends_in_one_line(folder: Path, tmp_path: Path, full_disk: None) -> None:
-    with pytest.raises(UserError, match=r"^[^\n]*can't be written: File too large; finished files are kept[^\n]*$"):
+def test_a_full_disk_ends_in_one_line(folder: Path, tmp_path: Path) -> None:
+    told = r"^[^\n]*can't be written: File too large; finished files are kept[^\n]*$"
+    with pytest.raises(UserError, match=told), full_disk():
         prepared(folder, tmp_path / "store")
 
 
-def test_a_full_disk_leaves_nothing_half_written(folder: Path, tmp_path: Path, full_disk: None) -> None:
-    with pytest.raises(UserError):
+def test_a_full_disk_leaves_nothing_half_written(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError), full_disk():
         prepared(folder, tmp_path / "store")
     assert list((tmp_path / "store").iterdir()) == []
 
