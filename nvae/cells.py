@@ -24,6 +24,7 @@ from .layers import (
     recording,
     replaying,
 )
+from .residual import SCALE
 
 Resampling = Literal["same", "down", "up"]
 
@@ -105,6 +106,7 @@ class RegularOp(nn.Module):
 
     def __init__(self, op: Regular, in_channels: int, out_channels: int, resampling: Resampling) -> None:
         super().__init__()
+        self.closing = None
         self.norm = BatchNorm(in_channels, op.activation) if op.batch_norm else None
         self.activation = op.activation
         stride = 2 if resampling == "down" else 1
@@ -165,12 +167,16 @@ class SeparableOp(nn.Module):
         self.project = Conv2d(hidden, out_channels, bias=False, normalised=False)
         self.project_norm = BatchNorm(out_channels)
 
+    @property
+    def closing(self) -> BatchNorm:
+        """The last batch norm, which the cell carries into the gate and the sum that follow."""
+        return self.project_norm
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
+        """(B, C, H, W) -> (B, C', H', W'), all but the closing batch norm."""
         x = self.norm.into(self.expand, x)
         x = self.expand_norm.into(self.spatial, x)
-        x = self.spatial_norm.into(self.project, x)
-        return cast(Tensor, self.project_norm(x))
+        return self.spatial_norm.into(self.project, x)
 
 
 class Cell(nn.Module):
@@ -187,7 +193,7 @@ class Cell(nn.Module):
         if resampling != "same":
             self.skip = (DownSkip if resampling == "down" else UpSkip)(channels, out_channels)
         self.ops = nn.ModuleList(_ops(ops, channels, out_channels, resampling))
-        self.squeeze_excite = SqueezeExcite(out_channels) if squeeze_excite else nn.Identity()
+        self.squeeze_excite = SqueezeExcite(out_channels) if squeeze_excite else None
         self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,10 +205,13 @@ class Cell(nn.Module):
         return out
 
     def _run(self, x: Tensor) -> Tensor:
-        residual = x
-        for op in self.ops:
-            residual = op(residual)
-        return cast(Tensor, self.skip(x) + 0.1 * self.squeeze_excite(residual))
+        residual, closing = x, None
+        for op in cast("list[RegularOp | SeparableOp]", list(self.ops)):
+            residual = op(residual if closing is None else closing(residual))
+            closing = op.closing
+        if self.squeeze_excite is not None:
+            return cast(Tensor, self.squeeze_excite(self.skip(x), residual, closing))
+        return torch.add(self.skip(x), residual if closing is None else closing(residual), alpha=SCALE)
 
     def _recomputation_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Around the forward pass and its repetition, which sees the batch statistics of the forward pass."""

@@ -51,8 +51,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     if geometry.enlarge:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     if geometry.is_depthwise(weight):
-        y = depthwise.depthwise_conv2d(x, weight, geometry.stride)
-        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+        return depthwise.depthwise_conv2d(x, weight, geometry.stride, bias)
     return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
@@ -60,9 +59,12 @@ def convolve_activated(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation
 ) -> Tensor:
     """convolve(act(x)), of which only x is kept for the backward pass."""
-    if activation == "identity" or not torch.is_grad_enabled():
-        return convolve(ACTIVATIONS[activation](x), weight, bias, geometry)
+    if activation == "identity":
+        return convolve(x, weight, bias, geometry)
     x = x.contiguous(memory_format=torch.channels_last)
+    if not torch.is_grad_enabled():
+        weight = for_autocast(weight)
+        return convolve(_activated(x, activation, weight.dtype), weight, bias, geometry)
     return cast(Tensor, _OfActivated.apply(x, for_autocast(weight), bias, geometry, activation))
 
 

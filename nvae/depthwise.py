@@ -22,26 +22,26 @@ TAPS_PER_PASS = 25
 """How many taps of the weight gradient one pass sums: as many as accumulators fit into vector registers."""
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """(B, C, H, W), weight (C, 1, K, K) -> (B, C, h, w), in autocast's type where autocast is on."""
+def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, bias: Tensor | None = None) -> Tensor:
+    """(B, C, H, W), weight (C, 1, K, K), bias (C) -> (B, C, h, w), in autocast's type where autocast is on."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-    return cast(Tensor, forward(x, weight, stride))
+    return cast(Tensor, forward(x, weight, None if bias is None else bias.to(x.dtype), stride))
 
 
 # ----------------------------------------------------------------------------------------------------- the operators
 
 
 @torch.library.custom_op("nvae::depthwise", mutates_args=())
-def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """y."""
     if _in_triton(x):
         from .kernels import depthwise as kernels
 
-        return kernels.forward(x, weight, stride)
-    return _channels_last(_convolve(_channels_last(x), weight, stride))
+        return kernels.forward(x, weight, bias, stride)
+    return _channels_last(_convolve(_channels_last(x), weight, bias, stride))
 
 
 @torch.library.custom_op("nvae::depthwise_input_gradient", mutates_args=())
@@ -53,7 +53,7 @@ def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride
 
         return kernels.input_gradient(grad, weight, shape, stride)
     if stride == 1:
-        return _channels_last(_convolve(_channels_last(grad), weight.flip(2, 3), 1))
+        return _channels_last(_convolve(_channels_last(grad), weight.flip(2, 3), None, 1))
     # In float32 also for smaller types: PyTorch's own takes 80 times as long in bfloat16.
     wide, kernel = at_least_float32(_channels_last(grad)), at_least_float32(weight)
     x = wide.new_empty(1).expand(shape)
@@ -96,8 +96,8 @@ def _summed_taps(x: Tensor, grad: Tensor, size: int, stride: int, first: int, en
     return torch.stack(taps)
 
 
-def _convolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    return F.conv2d(x, weight, None, stride, weight.shape[2] // 2, 1, weight.shape[0])
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    return F.conv2d(x, weight, bias, stride, weight.shape[2] // 2, 1, weight.shape[0])
 
 
 def _backward(
@@ -123,7 +123,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 @forward.register_fake
-def _(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     batch, channels, height, width = x.shape
     return _fake(x, (batch, channels, -(-height // stride), -(-width // stride)))
 
@@ -142,17 +142,17 @@ def _fake(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    x, weight, ctx.stride = inputs
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+    x, weight, _, ctx.stride = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     x, weight = ctx.saved_tensors
-    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     x_grad = input_gradient(grad, weight, *x.shape[2:], ctx.stride) if needs_x else None
     weight_grad = weight_gradient(grad, x, weight.shape[2], ctx.stride).to(weight.dtype) if needs_weight else None
-    return x_grad, weight_grad, None
+    return x_grad, weight_grad, grad.sum((0, 2, 3)) if needs_bias else None, None
 
 
 forward.register_autograd(_gradients, setup_context=_keep)

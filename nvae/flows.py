@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .convolutions import Conv2d
 
@@ -72,15 +73,25 @@ class ShiftCell(nn.Module):
 
 
 class FlowCell(nn.Module):
-    """Two shift cells; the second looks the other way in space (spec §3)."""
+    """Two shift cells; the second looks the other way in space (spec §3).
+
+    With `recompute` the backward pass runs the cell again from its input instead of keeping what is inside.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.forwards = ShiftCell(channels, mirrored=False)
         self.backwards = ShiftCell(channels, mirrored=True)
+        self.recompute = False
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w); the log-determinant is 0."""
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self._run(z)
+        result: Tensor = checkpoint(self._run, z, use_reentrant=False, preserve_rng_state=False)
+        return result
+
+    def _run(self, z: Tensor) -> Tensor:
         result: Tensor = self.backwards(self.forwards(z))
         return result
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS, Activation
 from .convolutions import Conv2d
 from .normalisation import BatchNorm, Statistics, measuring, recording, replaying
+from .residual import SqueezeExcite
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,21 +24,6 @@ __all__ = [
     "recording",
     "replaying",
 ]
-
-
-class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from all channel means (Hu et al. 2018); hidden width max(C // 16, 4)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = max(channels // 16, 4)
-        self.squeeze = nn.Linear(channels, hidden)
-        self.excite = nn.Linear(hidden, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))  # (B, C)
-        return x * gate[:, :, None, None]
 
 
 class DownSkip(nn.Module):

@@ -5,12 +5,14 @@ All are computed in at least float32. Shapes: B batch, C image channels, H W spa
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property, partial
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .config import Config
 from .latents import Normal, at_least_float32
@@ -73,10 +75,12 @@ class Likelihood(ABC):
     is_density = False
     """True where `log_prob` is a density and not the probability of a level."""
 
-    def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int) -> None:
+    def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int, *, recompute: bool = False) -> None:
+        """`recompute`: the backward pass computes `log_prob` again from `params` instead of keeping what is inside."""
         self.params = at_least_float32(params)
         self.config = config
         self.channels = channels
+        self.recompute = recompute
 
     @property
     def dims(self) -> int:
@@ -91,8 +95,15 @@ class Likelihood(ABC):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-likelihood in nats, (B,), of images (B, C, H, W) in [0, 1]; quantised here if they are not."""
+        if self.recompute and torch.is_grad_enabled():
+            again = partial(self._log_prob_anew, x)
+            result: Tensor = checkpoint(again, self.params, use_reentrant=False, preserve_rng_state=False)
+            return result
         pixels = self._log_prob(quantise(at_least_float32(x), self.config.bits, self.config.grid))
         return self.visible(pixels).sum((1, 2, 3))
+
+    def _log_prob_anew(self, x: Tensor, params: Tensor) -> Tensor:
+        return type(self)(params, self.config, self.channels).log_prob(x)
 
     @abstractmethod
     def _log_prob(self, x: Tensor) -> Tensor:
@@ -151,15 +162,31 @@ class LogisticMixture(Likelihood):
     def params_per_pixel(config: LikelihoodConfig, channels: int) -> int:
         return config.components * (10 if channels == 3 else 3)
 
-    def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int) -> None:
-        super().__init__(params, config, channels)
-        batch, _, height, width = params.shape
-        m = config.components
-        self.logits = self.params[:, :m]  # (B, M, H, W)
-        rest = self.params[:, m:].reshape(batch, channels, -1, m, height, width)  # (B, C, 3 or 2, M, H, W)
-        self.means = rest[:, :, 0]  # (B, C, M, H, W)
-        self.log_scales = rest[:, :, 1].clamp(min=-7)
-        self.coefficients = rest[:, :, 2].tanh() if channels == 3 else None
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, M, H, W)."""
+        return self.params[:, : self.config.components]
+
+    @cached_property
+    def means(self) -> Tensor:
+        """(B, C, M, H, W)."""
+        return self._of_colours[:, :, 0]
+
+    @cached_property
+    def log_scales(self) -> Tensor:
+        """(B, C, M, H, W), ≥ −7."""
+        return self._of_colours[:, :, 1].clamp(min=-7)
+
+    @cached_property
+    def coefficients(self) -> Tensor | None:
+        """(B, 3, M, H, W), for RGB."""
+        return self._of_colours[:, :, 2].tanh() if self.channels == 3 else None
+
+    @property
+    def _of_colours(self) -> Tensor:
+        batch, _, height, width = self.params.shape
+        m = self.config.components
+        return self.params[:, m:].reshape(batch, self.channels, -1, m, height, width)  # (B, C, 3 or 2, M, H, W)
 
     def _shifted_means(self, x: Tensor) -> Tensor:
         """Component means given the observed image x (B, C, 1, H, W) in [−1, 1]: (B, C, M, H, W)."""
@@ -271,9 +298,10 @@ class NormalLikelihood(Likelihood):
     def params_per_pixel(config: LikelihoodConfig, channels: int) -> int:
         return 2 * channels
 
-    def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int) -> None:
-        super().__init__(params, config, channels)
-        self.normal = Normal.from_raw(self.params)
+    @cached_property
+    def normal(self) -> Normal:
+        """Of every pixel and colour."""
+        return Normal.from_raw(self.params)
 
     def _log_prob(self, x: Tensor) -> Tensor:
         return self.normal.log_prob(2 * x - 1)

@@ -52,11 +52,15 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), in the type of the input; statistics in float32."""
+        if not (self.training or torch.is_grad_enabled()):
+            x = x.contiguous(memory_format=torch.channels_last)
+            fixed = coefficients(self.weight, self.bias, torch.stack([self.running_mean, self.running_var]), self.eps)
+            return _normalised(x, fixed, self.activation, x.dtype)
         if not self.training:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
             return ACTIVATIONS[self.activation](y)
         x = x.contiguous(memory_format=torch.channels_last)
-        statistics = self._batch_statistics(x)
+        statistics = self.batch_statistics(x)
         return cast(Tensor, _Normalised.apply(x, self.weight, self.bias, statistics, self.eps, self.activation))
 
     def into(self, convolution: Conv2d, x: Tensor) -> Tensor:
@@ -64,11 +68,12 @@ class BatchNorm(nn.Module):
         if not self.training:
             return cast(Tensor, convolution(self(x)))
         x = x.contiguous(memory_format=torch.channels_last)
-        norm = (self.weight, self.bias, self._batch_statistics(x), self.eps, self.activation)
+        norm = (self.weight, self.bias, self.batch_statistics(x), self.eps, self.activation)
         kernel = for_autocast(convolution.effective_weight())
         return cast(Tensor, _Convolved.apply(x, *norm, kernel, convolution.bias, convolution.geometry))
 
-    def _batch_statistics(self, x: Tensor) -> Statistics:
+    def batch_statistics(self, x: Tensor) -> Statistics:
+        """Those of x (B, C, H, W), channels-last: measured, or within `replaying` the recorded ones."""
         if not self._replaying:
             self._statistics = self._measure(x)
         assert self._statistics is not None
@@ -141,7 +146,7 @@ class _Normalised(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, moments: Tensor, eps: float, activation: Activation
     ) -> Tensor:
-        norm = _coefficients(weight, bias, moments, eps)
+        norm = coefficients(weight, bias, moments, eps)
         ctx.save_for_backward(x, norm)
         ctx.activation = activation
         return _normalised(x, norm, activation, x.dtype)
@@ -171,7 +176,7 @@ class _Convolved(torch.autograd.Function):
         kernel_bias: Tensor | None,
         geometry: Geometry,
     ) -> Tensor:
-        norm = _coefficients(weight, bias, moments, eps)
+        norm = coefficients(weight, bias, moments, eps)
         ctx.save_for_backward(x, norm, kernel, kernel_bias)
         ctx.activation, ctx.geometry = activation, geometry
         return convolve(_normalised(x, norm, activation, kernel.dtype), kernel, kernel_bias, geometry)
@@ -188,10 +193,11 @@ class _Convolved(torch.autograd.Function):
         return *gradients, None, None, None, kernel_grad, kernel_bias_grad, None
 
 
-def _coefficients(weight: Tensor, bias: Tensor, moments: Tensor, eps: float) -> Tensor:
-    """(4, C): mean, 1/σ, γ, β."""
+def coefficients(weight: Tensor, bias: Tensor, moments: Tensor, eps: float) -> Tensor:
+    """(4, C): mean, γ/σ, β, 1/σ."""
     mean, var = moments
-    return torch.stack([mean, torch.rsqrt(var + eps), weight, bias])
+    scale = torch.rsqrt(var + eps)
+    return torch.stack([mean, scale * weight, bias, scale])
 
 
 def _backward(
@@ -225,9 +231,8 @@ def _moments(x: Tensor) -> Tensor:
 @fused(dynamic=True)
 def _normalised(x: Tensor, norm: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
     """act(γ x̂ + β) in a type of its own."""
-    mean, scale, weight, bias = norm[:, :, None, None]
-    u = (at_least_float32(x) - mean) * (scale * weight) + bias
-    return ACTIVATIONS[activation](u).to(dtype)
+    mean, gain, bias, _ = norm[:, :, None, None]
+    return ACTIVATIONS[activation]((at_least_float32(x) - mean) * gain + bias).to(dtype)
 
 
 @fused(dynamic=True)
@@ -235,22 +240,25 @@ def _activation_backward(
     x: Tensor, y_grad: Tensor, norm: Tensor, activation: Activation, again: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The activated output y where wanted `again`; the gradient of the activation's input u, if it is not that of y;
-    and (2, C): the sum of that gradient, and of its product with x̂."""
-    mean, scale, weight, bias = norm[:, :, None, None]
-    normalised = (at_least_float32(x) - mean) * scale
-    y, slope = with_slope(activation, normalised * weight + bias)
-    u_grad = at_least_float32(y_grad) * slope
-    sums = torch.stack([u_grad.sum(3).sum((0, 2)), (u_grad * normalised).sum(3).sum((0, 2))])
-    kept = None if activation == "identity" else u_grad.to(y_grad.dtype)
-    return y.to(y_grad.dtype) if again else None, kept, sums
+    and (2, C): the sum of that gradient, and of its product with x̂.
+
+    The sums are over what is kept, as it is kept: they come from a second pass that computes no activation again.
+    """
+    mean, gain, bias, _ = norm[:, :, None, None]
+    centred = at_least_float32(x) - mean
+    y, slope = with_slope(activation, centred * gain + bias)
+    kept = y_grad if activation == "identity" else (at_least_float32(y_grad) * slope).to(y_grad.dtype)
+    u_grad = at_least_float32(kept)
+    product_sum = (u_grad * centred).sum(3).sum((0, 2)) * norm[3]
+    sums = torch.stack([u_grad.sum(3).sum((0, 2)), product_sum])
+    return y.to(y_grad.dtype) if again else None, None if activation == "identity" else kept, sums
 
 
 @fused(dynamic=True)
 def _input_gradient(x: Tensor, u_grad: Tensor, norm: Tensor, means: Tensor) -> Tensor:
     """γ/σ · (u_grad − its mean − x̂ · mean of its product with x̂)."""
-    mean, scale, weight, _ = norm[:, :, None, None]
+    mean, gain, _, scale = norm[:, :, None, None]
     grad_mean, product_mean = means[:, :, None, None]
-    normalised = (at_least_float32(x) - mean) * scale
-    centred = at_least_float32(u_grad) - grad_mean - normalised * product_mean
-    x_grad: Tensor = centred * (scale * weight)
+    centred = at_least_float32(u_grad) - grad_mean - (at_least_float32(x) - mean) * (scale * product_mean)
+    x_grad: Tensor = centred * gain
     return x_grad.to(x.dtype)

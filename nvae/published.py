@@ -212,7 +212,7 @@ def _inside(module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str]]:
         yield from ((conv, f"{prefix}.skip.conv_{i + 1}") for i, conv in enumerate(module.skip.convolutions))
     elif isinstance(module.skip, UpSkip):
         yield module.skip.convolution, f"{prefix}.skip.1"
-    if isinstance(module.squeeze_excite, nn.Module) and not isinstance(module.squeeze_excite, nn.Identity):
+    if module.squeeze_excite is not None:
         yield module.squeeze_excite.get_submodule("squeeze"), f"{prefix}.se.se.0"
         yield module.squeeze_excite.get_submodule("excite"), f"{prefix}.se.se.2"
 

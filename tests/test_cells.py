@@ -105,7 +105,8 @@ def test_a_cell_is_its_skip_plus_a_tenth_of_its_gated_ops(chain: str, resampling
     residual = x
     for op in cell.ops:
         residual = op(residual)
-    torch.testing.assert_close(cell(x), cell.skip(x) + 0.1 * cell.squeeze_excite(residual))
+        residual = residual if op.closing is None else op.closing(residual)
+    torch.testing.assert_close(cell(x), cell.squeeze_excite(cell.skip(x), residual))
 
 
 @EVERY_CELL
@@ -173,7 +174,7 @@ def test_a_separable_op_doubles_then_expands_filters_and_projects(name: str, res
     y = F.silu(naive_norm(op.spatial_norm, y))
     y = naive_norm(op.project_norm, naive(op.project, y))
     assert op.spatial.weight.shape == (hidden, hidden // (described.groups or hidden), size, size)
-    torch.testing.assert_close(op(x), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(op.closing(op(x)), y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("resampling", RESAMPLINGS)

@@ -47,9 +47,17 @@ def test_values_and_gradients_are_those_of_float64(
 
 @EVERY_STRIDE
 def test_gradients_agree_with_finite_differences(stride: int) -> None:
-    x = torch.randn(2, 3, 5, 4).double().requires_grad_()
-    weight = torch.randn(3, 1, 3, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: depthwise_conv2d(x, w, stride), (x, weight))
+    shapes = ((2, 3, 5, 4), (3, 1, 3, 3), (3,))
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda x, weight, bias: depthwise_conv2d(x, weight, stride, bias), inputs)
+
+
+@EVERY_DEVICE
+@EVERY_STRIDE
+def test_a_bias_is_added(stride: int, device: str) -> None:
+    x, weight, bias = (torch.randn(shape, device=device) for shape in ((2, 70, 6, 7), (70, 1, 5, 5), (70,)))
+    expected = depthwise_conv2d(x, weight, stride) + bias[:, None, None]
+    torch.testing.assert_close(depthwise_conv2d(x, weight, stride, bias), expected)
 
 
 @EVERY_DEVICE
@@ -92,9 +100,10 @@ def test_gradients_repeat_to_the_last_bit() -> None:
 
 @EVERY_STRIDE
 def test_the_operators_keep_what_compilers_are_told_of_them(stride: int) -> None:
-    x, weight = torch.randn(2, 3, 7, 6, requires_grad=True), torch.randn(3, 1, 5, 5, requires_grad=True)
-    y = depthwise.forward(x, weight, stride)
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 7, 6), (3, 1, 5, 5), (3,)))
+    y = depthwise.forward(x, weight, bias, stride)
     plain = (x.detach(), weight.detach(), y.detach())
-    torch.library.opcheck(depthwise.forward, (x, weight, stride))
+    torch.library.opcheck(depthwise.forward, (x, weight, None, stride))
+    torch.library.opcheck(depthwise.forward, (x, weight, bias, stride))
     torch.library.opcheck(depthwise.input_gradient, (plain[2], plain[1], 7, 6, stride))
     torch.library.opcheck(depthwise.weight_gradient, (plain[2], plain[0], 5, stride))

@@ -1,27 +1,10 @@
-"""Squeeze-and-excitation and the skips against their formulas."""
+"""The skips against their formulas."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae.layers import DownSkip, SqueezeExcite, UpSkip
-
-# ------------------------------------------------------------------------------------------ squeeze-and-excitation
-
-
-def test_squeeze_and_excitation_is_its_formula() -> None:
-    layer, x = SqueezeExcite(96), torch.randn(2, 96, 4, 5)
-    pooled = x.sum((2, 3)) / 20
-    hidden = (pooled @ layer.squeeze.weight.T + layer.squeeze.bias).clamp(min=0)
-    gate = 1 / (1 + torch.exp(-(hidden @ layer.excite.weight.T + layer.excite.bias)))
-    torch.testing.assert_close(layer(x), x * gate[:, :, None, None])
-
-
-@pytest.mark.parametrize(("channels", "hidden"), [(16, 4), (64, 4), (80, 5), (256, 16)])
-def test_the_hidden_width_is_a_sixteenth_and_at_least_four(channels: int, hidden: int) -> None:
-    assert SqueezeExcite(channels).squeeze.weight.shape == (hidden, channels)
-
+from nvae.layers import DownSkip, UpSkip
 
 # ------------------------------------------------------------------------------------------------------------ skips
 

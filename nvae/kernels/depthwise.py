@@ -21,12 +21,14 @@ POSITIONS_PER_PROGRAM = 64
 def _forward(
     x_pointer,
     taps_pointer,
+    bias_pointer,
     y_pointer,
     height,
     width,
     out_height,
     out_width,
     channels,
+    has_bias: tl.constexpr,
     stride: tl.constexpr,
     size: tl.constexpr,
     accumulator: tl.constexpr,
@@ -40,15 +42,18 @@ def _forward(
     channel = tl.program_id(2) * block_channels + tl.arange(0, block_channels)
     inside = channel < channels
     total = tl.zeros((block_columns, block_channels), accumulator)
+    if has_bias:
+        total += tl.load(bias_pointer + channel, mask=inside, other=0.0).to(accumulator)[None, :]
     for i in tl.static_range(size):
         source_row = row * stride + i - size // 2
-        for j in tl.static_range(size):
-            source = columns * stride + j - size // 2
-            valid = (source >= 0) & (source < width) & (source_row >= 0) & (source_row < height)
-            place = ((image * height + source_row) * width + source)[:, None] * channels + channel[None, :]
-            x = tl.load(x_pointer + place, mask=valid[:, None] & inside[None, :], other=0.0)
-            tap = tl.load(taps_pointer + (i * size + j) * channels + channel, mask=inside, other=0.0)
-            total += x.to(accumulator) * tap.to(accumulator)[None, :]
+        if (source_row >= 0) & (source_row < height):
+            for j in tl.static_range(size):
+                source = columns * stride + j - size // 2
+                valid = (source >= 0) & (source < width)
+                place = ((image * height + source_row) * width + source)[:, None] * channels + channel[None, :]
+                x = tl.load(x_pointer + place, mask=valid[:, None] & inside[None, :], other=0.0)
+                tap = tl.load(taps_pointer + (i * size + j) * channels + channel, mask=inside, other=0.0)
+                total += x.to(accumulator) * tap.to(accumulator)[None, :]
     place = ((image * out_height + row) * out_width + columns)[:, None] * channels + channel[None, :]
     tl.store(y_pointer + place, total, mask=(columns < out_width)[:, None] & inside[None, :])
 
@@ -79,15 +84,15 @@ def _input_gradient(
     for i in tl.static_range(size):
         above = row + size // 2 - i
         source_row = above // stride
-        row_valid = (above >= 0) & (above % stride == 0) & (source_row < out_height)
-        for j in tl.static_range(size):
-            before = columns + size // 2 - j
-            source = before // stride
-            valid = (before >= 0) & (before % stride == 0) & (source < out_width) & row_valid
-            place = ((image * out_height + source_row) * out_width + source)[:, None] * channels + channel[None, :]
-            grad = tl.load(grad_pointer + place, mask=valid[:, None] & inside[None, :], other=0.0)
-            tap = tl.load(taps_pointer + (i * size + j) * channels + channel, mask=inside, other=0.0)
-            total += grad.to(accumulator) * tap.to(accumulator)[None, :]
+        if (above >= 0) & (above % stride == 0) & (source_row < out_height):
+            for j in tl.static_range(size):
+                before = columns + size // 2 - j
+                source = before // stride
+                valid = (before >= 0) & (before % stride == 0) & (source < out_width)
+                place = ((image * out_height + source_row) * out_width + source)[:, None] * channels + channel[None, :]
+                grad = tl.load(grad_pointer + place, mask=valid[:, None] & inside[None, :], other=0.0)
+                tap = tl.load(taps_pointer + (i * size + j) * channels + channel, mask=inside, other=0.0)
+                total += grad.to(accumulator) * tap.to(accumulator)[None, :]
     place = ((image * height + row) * width + columns)[:, None] * channels + channel[None, :]
     tl.store(x_grad_pointer + place, total, mask=(columns < width)[:, None] & inside[None, :])
 
@@ -132,14 +137,24 @@ def _weight_gradient(
     tl.store(partial_pointer + place, total, mask=(tap < size * size)[:, None] & inside[None, :])
 
 
-def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """x (B, C, H, W), weight (C, 1, K, K) -> (B, C, h, w)."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """x (B, C, H, W), weight (C, 1, K, K), bias (C) -> (B, C, h, w)."""
     batch, channels, height, width = x.shape
     out_height, out_width = -(-height // stride), -(-width // stride)
     y = _like(x, (batch, channels, out_height, out_width))
     grid = (batch * out_height, triton.cdiv(out_width, BLOCK_COLUMNS), triton.cdiv(channels, BLOCK_CHANNELS))
     _forward[grid](
-        _rows(x), _taps(weight), y, height, width, out_height, out_width, channels, **_sizes(x, weight, stride)
+        _rows(x),
+        _taps(weight),
+        weight if bias is None else bias,  # not read without a bias
+        y,
+        height,
+        width,
+        out_height,
+        out_width,
+        channels,
+        has_bias=bias is not None,
+        **_sizes(x, weight, stride),
     )
     return y
 

@@ -7,6 +7,7 @@ between the image and its latents.
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -19,6 +20,7 @@ from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
 from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
+from ..folding import fold
 from ..latents import Normal, at_least_float32, kl_divergence
 from ..layers import BatchNorm
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
@@ -227,6 +229,7 @@ class NVAE(Family[NVAEConfig]):
         self.spectral = SpectralPenalty(self.weights.shapes)
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
         self._known_started = False
+        self.recompute = False
         self.register_load_state_dict_post_hook(_forget_start)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------------------------------------- the contract
@@ -300,10 +303,22 @@ class NVAE(Family[NVAEConfig]):
         return loss, metrics
 
     def set_recomputation(self, mode: Recomputation) -> None:
-        """`cells`: the backward pass computes whole cells again. Batch norms and activations it always does."""
+        """`cells`: the backward pass computes whole cells, flows and the likelihood again.
+
+        Batch norms and activations it computes again in any mode.
+        """
+        self.recompute = mode == "cells"
         for module in self.modules():
-            if isinstance(module, Cell):
-                module.recompute = mode == "cells"
+            if isinstance(module, (Cell, FlowCell)):
+                module.recompute = self.recompute
+
+    def for_inference(self) -> "NVAE":
+        """A copy whose batch norms are part of its convolutions, with the weights and statistics of now."""
+        self.weights.clear()
+        model = deepcopy(self).eval()
+        fold(model)
+        model.weights = EffectiveWeights(model)
+        return model
 
     def mark_loaded(self) -> None:
         """Loaded weights count as started from data."""
@@ -399,7 +414,8 @@ class NVAE(Family[NVAEConfig]):
 
     def _likelihood(self, state: Tensor) -> Likelihood:
         params = self.head(self.postprocess(state), "elu")
-        return LIKELIHOODS[self.config.likelihood.kind](params, self.config.likelihood, self.config.image_channels)
+        config = self.config.likelihood
+        return LIKELIHOODS[config.kind](params, config, self.config.image_channels, recompute=self.recompute)
 
     # --------------------------------------------------------------------------------------------------- objective
 

@@ -1,0 +1,65 @@
+"""What a machine could do at best, and how much a model asks of it."""
+
+import platform
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..convolutions import Conv2d
+from ..models.nvae import NVAE, NVAEConfig
+from .plain import make_plain
+from .timing import synchronise
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 9) -> float:
+    """GFLOP/s of a square matrix product, measured."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / median(seconds[2:]) / 1e9
+
+
+def training_gflop(config: NVAEConfig, batch: int) -> float:
+    """GFLOP of the convolutions of a training step of the published network, counted from their shapes.
+
+    A product and a sum are two; input and weight gradients take as many as the forward pass.
+    """
+    total = 0
+
+    def count(convolution: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(convolution, Conv2d)
+        total += 3 * 2 * output.numel() * convolution.weight[0].numel()
+
+    with FakeTensorMode():
+        model = make_plain(NVAE(config)).train()
+        model.mark_loaded()
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                module.register_forward_hook(count)
+        model(torch.zeros(batch, config.image_channels, config.image_size, config.image_size))
+    return total / 1e9
+
+
+def description(device: torch.device) -> dict[str, str | int]:
+    """What figures depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:  # noqa: PTH123
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

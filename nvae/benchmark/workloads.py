@@ -1,0 +1,156 @@
+"""What is timed: an update, importance-weighted evaluation, sampling; ours and plain, of the same weights."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+
+from ..evaluation import Evaluator
+from ..models.nvae import NVAE, NVAEConfig
+from ..objective import importance_weighted_bound
+from ..optim import OptimConfig, build_optimiser
+from ..precision import Precision, autocast
+from ..sampling import sample_images
+from .plain import make_plain
+from .timing import Action
+
+MODELS: dict[str, NVAEConfig] = {
+    "small": NVAEConfig.model_validate(
+        {
+            "image_size": 32,
+            "likelihood": {"kind": "logistic_mixture"},
+            "groups": 10,
+            "flows": 1,
+        }
+    ),
+    "scales": NVAEConfig.model_validate(
+        {
+            "image_size": 64,
+            "likelihood": {"kind": "logistic_mixture"},
+            "scales": 3,
+            "groups": 6,
+            "adaptive_groups": True,
+            "flows": 1,
+        }
+    ),
+}
+"""`small`: 10 groups at 16×16, as the CIFAR-10 recipe has 30; `scales`: 6 + 3 + 1 groups from 32×32 down to 8×8."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How something is computed."""
+
+    precision: Precision = "fp32"
+    plain: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{'plain' if self.plain else 'compiled' if self.compiled else 'ours'} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a batch of images (noise of the right shape will do) and a device."""
+
+    config: NVAEConfig
+    batch: int
+    device: torch.device
+    samples: int = 10
+    """Importance samples per image, K."""
+
+    def trained(self) -> NVAE:
+        """A model with running statistics of a few updates; always the same one."""
+        torch.manual_seed(0)
+        model = NVAE(self.config).to(self.device).train()
+        with torch.no_grad():
+            for _ in range(3):
+                model(self.images)
+        return model
+
+    @property
+    def images(self) -> torch.Tensor:
+        """(B, C, H, W) in [0, 1]."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        shape = (self.batch, config.image_channels, config.image_size, config.image_size)
+        return torch.rand(shape, generator=generator).to(self.device)
+
+    def training(self, model: NVAE, way: Way) -> Action:
+        """One update."""
+        model = deepcopy(model).train()
+        options = OptimConfig(lr=1e-4)
+        if way.plain:
+            make_plain(model)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimiser: torch.optim.Optimizer = torch.optim.Adamax(trained, lr=options.lr, foreach=False)
+        else:
+            optimiser = build_optimiser(model.parameters(), options)
+        if way.compiled:
+            model.compile_parts()
+        images = self.images
+
+        def update() -> None:
+            optimiser.zero_grad()
+            with autocast(self.device, way.precision):
+                output = model(images)
+            loss, _ = model.loss(output, progress=1.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+
+        return update
+
+    def evaluation(self, model: NVAE, way: Way) -> Action:
+        """The importance-weighted bound of the batch with K samples; plainly, K whole passes."""
+        images, model = self.images, model.eval()
+        if way.plain:
+            model = make_plain(deepcopy(model))
+
+            @torch.no_grad()
+            def passes() -> None:
+                with autocast(self.device, way.precision):
+                    log_weights = [model(images).log_weight for _ in range(self.samples)]
+                importance_weighted_bound(torch.stack(log_weights))
+
+            return passes
+        evaluator = Evaluator(_inference(model, way), samples=self.samples)
+
+        def measure() -> None:
+            with autocast(self.device, way.precision):
+                evaluator.measure(images, range(self.batch))
+
+        return measure
+
+    def sampling(self, model: NVAE, way: Way) -> Action:
+        """The batch's number of images at temperature 0.7."""
+        model = model.eval()
+        if way.plain:
+            model = make_plain(deepcopy(model))
+
+            @torch.no_grad()
+            def draw() -> None:
+                with autocast(self.device, way.precision):
+                    model.sample(self.batch, 0.7).mean()
+
+            return draw
+        ready = _inference(model, way)
+
+        def draw_keyed() -> None:
+            with autocast(self.device, way.precision):
+                sample_images(ready, range(self.batch), 0.7)
+
+        return draw_keyed
+
+
+WORK: dict[str, Callable[[Workload, NVAE, Way], Action]] = {
+    "train": Workload.training,
+    "evaluate": Workload.evaluation,
+    "sample": Workload.sampling,
+}
+
+
+def _inference(model: NVAE, way: Way) -> NVAE:
+    ready = model.for_inference()
+    if way.compiled:
+        ready.compile_parts()
+    return ready

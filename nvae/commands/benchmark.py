@@ -1,0 +1,214 @@
+"""What scripts/benchmark.py measures: one function per action, each returns a table and the figures in it."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..benchmark.extent import memory_growth, over_batches, over_groups, saved_mib_per_image, seconds_to_first_update
+from ..benchmark.machine import description, matrix_peak, training_gflop
+from ..benchmark.stores import made_store
+from ..benchmark.timing import in_turns
+from ..benchmark.workloads import MODELS, WORK, Way, Workload
+from ..config import UserError
+from ..data.benchmark import decoder_rate, loader_rate, resident_milliseconds
+from ..data.config import DataConfig
+from ..data.loading import TrainingStream
+from ..data.sets import open_images
+from ..distributed import device_type
+from ..models.nvae import NVAEConfig
+from ..precision import AUTOCAST, precision_on
+from ..run import read_run_config
+
+Figures = dict[str, Any]
+Table = tuple[list[str], Figures]
+"""Lines to print, and the same for a machine."""
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    """The model and the device that the arguments name. Raises UserError for a model without a plain mode."""
+    device = torch.device(device_type(args.device, "--device"))
+    config = MODELS.get(args.model)
+    if config is None:
+        recipe = read_run_config(Path(args.model), []).model
+        if not isinstance(recipe, NVAEConfig):
+            raise UserError(f"--model: {args.model} is no NVAE; give a recipe of one, or one of {', '.join(MODELS)}")
+        config = recipe
+    return Workload(config, args.batch[0], device, args.importance_samples)
+
+
+def ways_of(args: argparse.Namespace, device: torch.device) -> list[Way]:
+    """The yardstick first: plain where asked for, in fp32 and in each precision."""
+    precisions = [precision_on(device, precision, "--precision") for precision in args.precision]
+    ways = [Way(precision) for precision in precisions]
+    if args.compile:
+        ways += [Way(precision, compiled=True) for precision in precisions]
+    if args.plain:
+        ways = [Way(precision, plain=True) for precision in dict.fromkeys(["fp32", *precisions])] + ways
+    return ways
+
+
+def speed(args: argparse.Namespace, what: str) -> Table:
+    """Times of `train`, `evaluate` or `sample`, for each batch size, in turns."""
+    lines, figures = [], {}
+    workload = workload_of(args)
+    ways = ways_of(args, workload.device)
+    peaks = {way.precision: matrix_peak(workload.device, AUTOCAST.get(way.precision, torch.float32)) for way in ways}
+    for batch in args.batch:
+        workload = replace(workload, batch=batch)
+        model = workload.trained()
+        actions = {str(way): WORK[what](workload, model, way) for way in ways}
+        times = in_turns(actions, args.rounds, workload.device)
+        found: Figures = {name: times.summary(name, str(ways[0])) for name in actions}
+        if what == "train":
+            gflop = training_gflop(workload.config, batch)
+            for way in ways:
+                rate = gflop / times.median(str(way))
+                found[str(way)] |= {"gflop": gflop, "share_of_peak": rate / peaks[way.precision]}
+        figures[f"batch {batch}"] = found
+        unit = f"K = {args.importance_samples}, " if what == "evaluate" else ""
+        lines += [
+            f"{what}, {unit}batch {batch}: ms, times as fast as {ways[0]} (least to most of {args.rounds} rounds)"
+        ]
+        lines += [_row(name, found[name]) for name in actions]
+    if what == "train":
+        measured = ", ".join(f"{precision} {value:.0f}" for precision, value in peaks.items())
+        lines.append(f"  of peak: the plain network's convolutions; matrix products reach {measured} GFLOP/s")
+        figures["matrix_peak_gflops"] = {str(precision): value for precision, value in peaks.items()}
+    return lines, figures
+
+
+def _row(name: str, found: dict[str, float]) -> str:
+    share = f"   {found['share_of_peak']:4.0%} of peak" if "share_of_peak" in found else ""
+    times = f"{found['milliseconds']:9.1f} ± {found['spread']:.1f}"
+    spread = f"({found['faster_least']:.2f}–{found['faster_most']:.2f})"
+    return f"  {name:14} {times:18} {found['faster']:5.2f}× {spread}{share}"
+
+
+def train(args: argparse.Namespace) -> Table:
+    """An update."""
+    return speed(args, "train")
+
+
+def evaluate(args: argparse.Namespace) -> Table:
+    """The importance-weighted bound."""
+    return speed(args, "evaluate")
+
+
+def sample(args: argparse.Namespace) -> Table:
+    """Images from the prior."""
+    return speed(args, "sample")
+
+
+def memory(args: argparse.Namespace) -> Table:
+    """What is kept for the backward pass, and whether memory grows."""
+    workload = workload_of(args)
+    lines = ["memory: MiB per image kept for the backward pass (times plain)"]
+    figures: Figures = {}
+    for precision in dict.fromkeys(["fp32", *args.precision]):
+        found = saved_mib_per_image(workload.config, AUTOCAST.get(precision))
+        figures[precision] = found
+        lines += [
+            f"  {f'{name} {precision}':28} {mib:8.1f} ({mib / found['plain']:.2f})" for name, mib in found.items()
+        ]
+    early, late = memory_growth(replace(workload, batch=min(workload.batch, 4)), Way())
+    figures["peak MiB"] = {"update 5": early, "update 50": late}
+    growth = f"{late / early - 1:+.1%}"
+    lines.append(f"  peak of the process at update 5: {early:.0f} MiB, at update 50: {late:.0f} MiB ({growth})")
+    return lines, figures
+
+
+def scaling(args: argparse.Namespace) -> Table:
+    """An update over batch size and number of groups, and the time until the first one."""
+    workload, way = workload_of(args), ways_of(args, torch.device("cpu"))[-1]
+    lines = [f"scaling of an update, {way}"]
+    figures: Figures = {}
+    for name, line in (
+        ("images", over_batches(workload, [4, 8, 16, 32], way, args.rounds)),
+        ("groups", over_groups(workload, [4, 8, 12, 16], way, args.rounds)),
+    ):
+        slope, none, explained = line.fit
+        times = ", ".join(f"{n}: {1e3 * s:.0f}" for n, s in zip(line.values, line.seconds, strict=True))
+        lines.append(f"  {name:8} {times} ms; {1e3 * slope:.1f} ms each + {1e3 * none:.0f} ms, R² {explained:.4f}")
+        figures[name] = {"values": line.values, "seconds": line.seconds, "r_squared": explained}
+    if args.model in MODELS:
+        figures["first_update_seconds"] = seconds_to_first_update(args.model, workload.batch, workload.device, way)
+        lines.append(f"  from start to the end of the first update: {figures['first_update_seconds']:.1f} s")
+    return lines, figures
+
+
+def data(args: argparse.Namespace) -> Table:
+    """Images from memory, and from a store of 256×256 images against the decoder alone."""
+    device = torch.device(device_type(args.device, "--device"))
+    resident = resident_milliseconds(device)
+    lines = ["data", f"  in memory, with flips: {resident:.2f} ms per 32 images of 32×32"]
+    figures: Figures = {"resident_milliseconds": resident}
+    with TemporaryDirectory() as folder:
+        store = args.store or made_store(Path(folder))
+        rates: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+        for _ in range(args.rounds):
+            for workers, found in rates.items():
+                config = DataConfig(path=store, size=256, flip=True, memory=0, workers=workers, batch=16)
+                stream = TrainingStream(open_images(config, "train"), config, seed=0, device=torch.device("cpu"))
+                found.append((loader_rate(stream, 3), decoder_rate(store, workers, 3)))
+    for workers, found in rates.items():
+        shares = sorted(loaded / decoded for loaded, decoded in found)
+        middle = shares[len(shares) // 2]
+        figures[f"{workers} workers"] = found
+        loaded, decoded = found[0]
+        lines.append(
+            f"  from a store, {workers} workers: {loaded:.0f} images/s of 256×256, {middle:.2f} of the decoder's "
+            f"{decoded:.0f} ({shares[0]:.2f}–{shares[-1]:.2f})"
+        )
+    return lines, figures
+
+
+ACTIONS = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "memory": memory,
+    "scaling": scaling,
+    "data": data,
+}
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Prints the tables that were asked for, and writes them as JSON."""
+    device = torch.device(device_type(args.device, "--device"))
+    figures: Figures = {"machine": description(device), "model": args.model}
+    print(
+        ", ".join(f"{value} {name}" if name == "threads" else str(value) for name, value in figures["machine"].items())
+    )
+    for what in args.what or ACTIONS:
+        lines, figures[what] = ACTIONS[what](args)
+        print("\n".join(lines), flush=True)
+        if args.json is not None:
+            args.json.write_text(json.dumps(figures, indent=1))
+
+
+def profile_all(args: argparse.Namespace) -> None:
+    """Writes a trace of each action, for Chrome or Perfetto, and prints where the time goes."""
+    workload = workload_of(args)
+    args.profile.mkdir(parents=True, exist_ok=True)
+    for what in [what for what in args.what or WORK if what in WORK]:
+        model = workload.trained()
+        for way in ways_of(args, workload.device):
+            action = WORK[what](workload, model, way)
+            for _ in range(2):
+                action()
+            activities = [ProfilerActivity.CPU]
+            if workload.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            with profile(activities=activities) as profiler:
+                action()
+            file = args.profile / f"{what}-{str(way).replace(' ', '-')}.json"
+            profiler.export_chrome_trace(str(file))
+            by = "self_device_time_total" if workload.device.type == "cuda" else "self_cpu_time_total"
+            print(f"{what}, {way}: {file}")
+            print(profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50))

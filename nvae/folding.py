@@ -1,0 +1,93 @@
+"""Batch norms of a trained model folded into the convolutions beside them, for evaluation and sampling.
+
+With fixed statistics a batch norm is one factor and one offset per channel. Before a 1×1 convolution or after any
+convolution it is part of that convolution's weight and bias; only one before an activation at a cell's start remains.
+
+Shapes: O outputs, I inputs of a group, k kernel side.
+"""
+
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .cells import Cell, RegularOp, SeparableOp
+from .convolutions import Conv2d
+from .layers import BatchNorm
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> None:
+    """Folds the batch norms of all cells of a model in eval mode, in place; its parameters no longer train."""
+    for cell in [module for module in model.modules() if isinstance(module, Cell)]:
+        ops = [_folded(op) if isinstance(op, SeparableOp) else op for op in cell.ops]
+        for op, following in pairwise(ops):
+            if isinstance(op, RegularOp) and isinstance(following, RegularOp) and following.norm is not None:
+                op.convolution = fixed(op.convolution, after=following.norm)
+                following.norm = None
+        cell.ops = nn.ModuleList(ops)
+    model.requires_grad_(False)
+
+
+class FoldedSeparableOp(nn.Module):
+    """A `SeparableOp` of which three convolutions and two activations remain."""
+
+    closing = None
+
+    def __init__(self, expand: Conv2d, spatial: Conv2d, project: Conv2d) -> None:
+        super().__init__()
+        self.expand, self.spatial, self.project = expand, spatial, project
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        return cast(Tensor, self.project(self.spatial(self.expand(x), "swish"), "swish"))
+
+
+def _folded(op: SeparableOp) -> FoldedSeparableOp:
+    return FoldedSeparableOp(
+        fixed(op.expand, before=op.norm, after=op.expand_norm),
+        fixed(op.spatial, after=op.spatial_norm),
+        fixed(op.project, after=op.project_norm),
+    )
+
+
+@torch.no_grad()
+def fixed(convolution: Conv2d, *, before: BatchNorm | None = None, after: BatchNorm | None = None) -> Conv2d:
+    """A plain convolution with bias that is after(convolution(before(x))), for batch norms in eval mode.
+
+    Worked out in float64. `before` is for 1×1 kernels only: at borders, padding would be normalised too.
+    """
+    weight = convolution.effective_weight().double()  # (O, I, k, k)
+    bias = weight.new_zeros(weight.shape[0]) if convolution.bias is None else convolution.bias.double()
+    geometry = convolution.geometry
+    if before is not None:
+        assert weight.shape[2:] == (1, 1) and geometry.groups == 1
+        gain, offset = _affine(before)
+        bias = bias + weight[:, :, 0, 0] @ offset
+        weight = weight * gain[:, None, None]
+    if after is not None:
+        gain, offset = _affine(after)
+        bias = bias * gain + offset
+        weight = weight * gain[:, None, None, None]
+    like = convolution.weight
+    folded = Conv2d(
+        weight.shape[1] * geometry.groups,
+        weight.shape[0],
+        weight.shape[2],
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        normalised=False,
+        enlarge=geometry.enlarge,
+    ).to(like)
+    assert folded.bias is not None
+    folded.weight.copy_(weight)
+    folded.bias.copy_(bias)
+    return folded.eval()
+
+
+def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Factor and offset (C) of a batch norm in eval mode, in float64."""
+    gain = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    return gain, norm.bias.double() - norm.running_mean.double() * gain
