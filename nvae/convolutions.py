@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import depthwise
-from .activations import ACTIVATIONS, Activation, with_slope
+from .activations import Activation, in_a_pass, with_slope
 from .fusion import fused
 from .latents import at_least_float32
 
@@ -141,7 +141,7 @@ class _OfActivated(torch.autograd.Function):
 
 @fused(dynamic=True)
 def _activated(x: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
-    return ACTIVATIONS[activation](at_least_float32(x)).to(dtype)
+    return in_a_pass(activation, at_least_float32(x)).to(dtype)
 
 
 @fused(dynamic=True)

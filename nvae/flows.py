@@ -9,6 +9,7 @@ Shapes: B batch, L latent channels, h w space; 6L hidden channels, six per laten
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,12 +48,18 @@ class ShiftCell(nn.Module):
         self.expand = Conv2d(channels, hidden, 3, bias=False, mask=strict)
         self.spatial = Conv2d(hidden, hidden, 5, groups=hidden, bias=False, mask=depthwise)
         self.project = Conv2d(hidden, channels, mask=upto.float()[:, :, None, None], initial_gain=0.1)
+        self.mirrored = mirrored
 
     def shift(self, z: Tensor) -> Tensor:
         """m(z), (B, L, h, w) -> (B, L, h, w)."""
-        hidden = self.spatial(self.expand(z), "elu")
+        hidden = self.spatial(self._expanded(z), "elu")
         # ELU twice: the published weights were trained with it.
         return cast(Tensor, self.project(hidden, "elu_elu"))
+
+    def _expanded(self, z: Tensor) -> Tensor:
+        """The strict convolution by the two rows of its kernel that see anything."""
+        rows, border = (slice(1, 3), (1, 1, 0, 1)) if self.mirrored else (slice(0, 2), (1, 1, 1, 0))
+        return F.conv2d(F.pad(z, border), self.expand.effective_weight()[:, :, rows])
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w), float32 or more."""

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import Cell, RegularOp, SeparableOp
@@ -41,7 +42,9 @@ class FoldedSeparableOp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        return cast(Tensor, self.project(self.spatial(self.expand(x), "swish"), "swish"))
+        x = F.silu(self.expand(x), inplace=True)
+        x = F.silu(self.spatial(x), inplace=True)
+        return cast(Tensor, self.project(x))
 
 
 def _folded(op: SeparableOp) -> FoldedSeparableOp:

@@ -6,12 +6,12 @@ Without a compiler it runs as it is written, and one warning says so.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import _config as shapes
@@ -28,6 +28,19 @@ return to uncompiled code."""
 
 RECOMPILE_LIMIT = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
 """Dynamo's name for that limit; the second is torch 2.6's."""
+FAIL_AT_LIMIT = f"fail_on_{RECOMPILE_LIMIT}_hit"
+"""Dynamo's name for the choice of an error there, likewise."""
+
+
+def compile_each(modules: Iterable[nn.Module]) -> None:
+    """Compiles modules one by one; those of one kind and one size share their code. Each size has its own.
+
+    A module that would need more than `KINDS_OF_CALLS` kinds of code raises an error when it is called.
+    """
+    setattr(dynamo, RECOMPILE_LIMIT, KINDS_OF_CALLS)
+    setattr(dynamo, FAIL_AT_LIMIT, True)
+    for module in modules:
+        module.compile(dynamic=False)
 
 
 def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:

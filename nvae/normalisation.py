@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .activations import ACTIVATIONS, Activation, with_slope
+from .activations import ACTIVATIONS, Activation, in_a_pass, with_slope
 from .convolutions import Conv2d, Geometry, convolve, for_autocast, input_gradient, parameter_gradients
 from .distributed import all_mean, world_size
 from .fusion import fused
@@ -232,7 +232,7 @@ def _moments(x: Tensor) -> Tensor:
 def _normalised(x: Tensor, norm: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
     """act(γ x̂ + β) in a type of its own."""
     mean, gain, bias, _ = norm[:, :, None, None]
-    return ACTIVATIONS[activation]((at_least_float32(x) - mean) * gain + bias).to(dtype)
+    return in_a_pass(activation, (at_least_float32(x) - mean) * gain + bias).to(dtype)
 
 
 @fused(dynamic=True)

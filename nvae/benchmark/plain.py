@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, Activation
 from ..cells import SeparableOp
 from ..convolutions import Conv2d
+from ..flows import ShiftCell
 from ..layers import BatchNorm, SqueezeExcite, UpSkip
 from ..models.base import Metrics, Output
 from ..models.nvae import NVAE
@@ -88,6 +89,14 @@ class PlainSqueezeExcite(SqueezeExcite):
         return skip + 0.1 * (x * gate[:, :, None, None])
 
 
+class PlainShiftCell(ShiftCell):
+    """Multiplies with the masked zeros, too."""
+
+    def _expanded(self, z: Tensor) -> Tensor:
+        y: Tensor = self.expand(z)
+        return y
+
+
 class PlainUpSkip(UpSkip):
     """Enlarges first, too."""
 
@@ -102,5 +111,6 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     BatchNorm: PlainBatchNorm,
     SeparableOp: PlainSeparableOp,
     SqueezeExcite: PlainSqueezeExcite,
+    ShiftCell: PlainShiftCell,
     UpSkip: PlainUpSkip,
 }

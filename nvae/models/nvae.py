@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
 from ..folding import fold
+from ..fusion import compile_each
 from ..latents import Normal, at_least_float32, kl_divergence
 from ..layers import BatchNorm
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
@@ -131,6 +132,18 @@ class Features:
         return Features(self.target.repeat(times, 1, 1, 1), [tap.repeat(times, 1, 1, 1) for tap in self.taps])
 
 
+class Step(NamedTuple):
+    """What one group makes of the decoder state; Output has the same by name."""
+
+    state: Tensor
+    z: Tensor
+    posterior: Normal
+    prior: Normal
+    channel_kl: Tensor
+    log_q: Tensor
+    log_p: Tensor
+
+
 class LatentGroup(nn.Module):
     """One group of latents: its cells in both towers, its distributions, and how its z enters the decoder (spec §2)."""
 
@@ -152,6 +165,21 @@ class LatentGroup(nn.Module):
         if not first:
             self.merge = Conv2d(decoder, encoder)
             self.prior = Conv2d(decoder, 2 * latent)
+
+    def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Step:
+        """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3)."""
+        prior_raw = self.prior_raw(state)
+        p = Normal.from_raw(torch.zeros_like(noise).repeat(1, 2, 1, 1) if prior_raw is None else prior_raw)
+        q = Normal.from_raw(self.posterior_raw(tap, state, prior_raw))
+        if given is not None:
+            z, drawn = given, self.before_flow(given)
+        else:
+            drawn = q.draw(noise)
+            z = self.through_flow(drawn)
+        log_q, log_p = q.log_prob(drawn), p.log_prob(z)
+        divergence = log_q - log_p if len(self.flow) else kl_divergence(q, p)
+        sums = divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3))
+        return Step(self.combined(state, z), z, q, p, *sums)
 
     def prior_raw(self, state: Tensor) -> Tensor | None:
         """Raw prior parameters (B, 2L, h, w) from the decoder state; None, that is zeros, for the first group."""
@@ -320,6 +348,10 @@ class NVAE(Family[NVAEConfig]):
         model.weights = EffectiveWeights(model)
         return model
 
+    def compile_parts(self) -> None:
+        """Compiles cells and latent groups; those of a kind share their code, so depth costs no time to compile."""
+        compile_each(module for module in self.modules() if isinstance(module, (Cell, LatentGroup)))
+
     def mark_loaded(self) -> None:
         """Loaded weights count as started from data."""
         self.started.fill_(True)
@@ -367,31 +399,22 @@ class NVAE(Family[NVAEConfig]):
         batch = features.target.shape[0]
         noise = self.noise_for(batch, noise)
         self.check_fit("latents", given, batch)
-        state = self._first_state(batch)
-        channel_kl: list[Tensor] = []
-        zs: list[Tensor] = []
-        posterior: list[Normal] = []
-        prior: list[Normal] = []
-        log_q = log_p = torch.zeros(batch, device=state.device)
-        for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
-            state = self._entering(g, state)
-            prior_raw = group.prior_raw(state)
-            p = Normal.from_raw(torch.zeros_like(noise[g]).repeat(1, 2, 1, 1) if prior_raw is None else prior_raw)
-            q = Normal.from_raw(group.posterior_raw(features.taps[g], state, prior_raw))
-            if g < len(given):
-                z, drawn = given[g], group.before_flow(given[g])
-            else:
-                drawn = q.draw(noise[g])
-                z = group.through_flow(drawn)
-            log_q_g, log_p_g = q.log_prob(drawn), p.log_prob(z)
-            divergence = log_q_g - log_p_g if len(group.flow) else kl_divergence(q, p)
-            channel_kl.append(divergence.sum((2, 3)))
-            log_q, log_p = log_q + log_q_g.sum((1, 2, 3)), log_p + log_p_g.sum((1, 2, 3))
-            zs.append(z)
-            posterior.append(q)
-            prior.append(p)
-            state = group.combined(state, z)
-        return Output(self._likelihood(state), features.target, channel_kl, log_q, log_p, zs, posterior, prior)
+        state, steps = self._first_state(batch), []
+        for g, group in enumerate(self.groups):
+            z = given[g] if g < len(given) else None
+            step: Step = group(self._entering(g, state), features.taps[g], noise[g], z)
+            steps.append(step)
+            state = step.state
+        return Output(
+            likelihood=self._likelihood(state),
+            target=features.target,
+            channel_kl=[step.channel_kl for step in steps],
+            log_q=torch.stack([step.log_q for step in steps]).sum(0),
+            log_p=torch.stack([step.log_p for step in steps]).sum(0),
+            z=[step.z for step in steps],
+            posterior=[step.posterior for step in steps],
+            prior=[step.prior for step in steps],
+        )
 
     def _prior(self, group: LatentGroup, state: Tensor, like: Tensor, temperature: float) -> Normal:
         raw = group.prior_raw(state)
