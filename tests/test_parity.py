@@ -74,10 +74,20 @@ def test_geometry_and_parameter_count(case: Case) -> None:
     assert model.config.groups_per_scale == case.facts["groups_per_scale_bottom_up"]
 
 
-def test_evaluation(case: Case) -> None:
+@pytest.fixture(params=["as loaded", "for inference"])
+def model(request: pytest.FixtureRequest, case: Case) -> NVAE:
+    """The model in each of its forms: none may change a number."""
+    return case.model().for_inference() if request.param == "for inference" else case.model()
+
+
+def test_evaluation(case: Case, model: NVAE) -> None:
+    assert_evaluation(case, model)
+
+
+def assert_evaluation(case: Case, model: NVAE) -> None:
     expected = case.tensors
     with torch.no_grad():
-        output = case.model()(case.image, case.noise)
+        output = model(case.image, case.noise)
     assert_close(thinned(output.likelihood.params), expected["eval.decoder_params"])
     assert_close(output.kl, expected["eval.kl_per_group"])
     assert_close(output.reconstruction, expected["eval.reconstruction_nll"])
@@ -87,6 +97,26 @@ def test_evaluation(case: Case) -> None:
     assert_close(output.log_weight, expected["eval.log_importance_weight"])
     if "eval.decoder_mean" in expected:
         assert_close(thinned(output.likelihood.mean()), expected["eval.decoder_mean"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if i < 2 else pytest.mark.full, id=case.name) for i, case in enumerate(CASES)],
+    indirect=True,
+)
+def test_compiled_parts(case: Case) -> None:
+    """In evaluation, and in a pass of training with its gradients against uncompiled ones."""
+    torch._dynamo.reset()
+    compiled, model = case.model(), case.model()
+    compiled.compile_parts()
+    assert_evaluation(case, compiled)
+    for each in (compiled, model):
+        each.train()
+        each.loss(each(case.image, case.noise), 0.5)[0].backward()
+    for mine, other in zip(compiled.parameters(), model.parameters(), strict=True):
+        if other.grad is not None and mine.grad is not None:
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4 * float(other.grad.abs().max()))
+    torch._dynamo.reset()
 
 
 def test_kl_balancing(case: Case) -> None:
@@ -102,8 +132,7 @@ def test_kl_balancing(case: Case) -> None:
             assert_close(used, case.tensors[f"eval.kl_coeffs@{coefficient}"])
 
 
-def test_sampling(case: Case) -> None:
-    model = case.model()
+def test_sampling(case: Case, model: NVAE) -> None:
     for name, recorded in case.tensors.items():
         if name.startswith("sample.decoder_params@"):
             with torch.no_grad():

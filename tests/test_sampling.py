@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nvae.config import UserError, read_yaml, validate
+from nvae.convolutions import Conv2d
 from nvae.distributed import gather_objects, rank, world_size
 from nvae.layers import BatchNorm
 from nvae.models.nvae import NVAE, NVAEConfig
@@ -152,8 +153,8 @@ def test_readjustment_is_computed_once_per_temperature(model: NVAE, tmp_path: Pa
 def test_readjustment_is_in_float32_whatever_the_precision(model: NVAE) -> None:
     types = set()
     for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.register_forward_pre_hook(lambda module, inputs: types.add(inputs[0].dtype))
+        if isinstance(module, Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         readjust(model, 0.6, batches=1, batch=4)
         assert types == {torch.float32}
