@@ -143,8 +143,12 @@ def scaling(args: argparse.Namespace) -> Table:
 
 
 def data(args: argparse.Namespace) -> Table:
-    """Images from memory, and from a store of 256×256 images against the decoder alone."""
+    """Images from memory, and from a store of 256×256 images against the decoder alone.
+
+    This process keeps to one thread, since loader processes need the other processors.
+    """
     device = torch.device(device_type(args.device, "--device"))
+    torch.set_num_threads(1)
     resident = resident_milliseconds(device)
     lines = ["data", f"  in memory, with flips: {resident:.2f} ms per 32 images of 32×32"]
     figures: Figures = {"resident_milliseconds": resident}
