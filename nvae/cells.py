@@ -10,7 +10,6 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .convolutions import Conv2d
 from .distributed import all_mean, world_size
@@ -24,6 +23,7 @@ from .layers import (
     recording,
     replaying,
 )
+from .recomputation import Recomputable, recomputed
 from .residual import SCALE
 
 Resampling = Literal["same", "down", "up"]
@@ -179,7 +179,7 @@ class SeparableOp(nn.Module):
         return self.spatial_norm.into(self.project, x)
 
 
-class Cell(nn.Module):
+class Cell(Recomputable):
     """skip(x) + 0.1 · SE(ops(x)); "down" halves the space and doubles the channels, "up" the reverse (spec §1).
 
     With `recompute` the backward pass runs the cell again from its input instead of keeping what is inside.
@@ -194,15 +194,12 @@ class Cell(nn.Module):
             self.skip = (DownSkip if resampling == "down" else UpSkip)(channels, out_channels)
         self.ops = nn.ModuleList(_ops(ops, channels, out_channels, resampling))
         self.squeeze_excite = SqueezeExcite(out_channels) if squeeze_excite else None
-        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
+        if not (self.recompute and self.training):
             return self._run(x)
-        contexts = self._recomputation_contexts
-        out: Tensor = checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-        return out
+        return recomputed(self._run, x, contexts=self._recomputation_contexts)
 
     def _run(self, x: Tensor) -> Tensor:
         residual, closing = x, None

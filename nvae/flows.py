@@ -11,9 +11,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .convolutions import Conv2d
+from .recomputation import Recomputable
 
 EXPANSION = 6
 
@@ -79,26 +79,19 @@ class ShiftCell(nn.Module):
         return x
 
 
-class FlowCell(nn.Module):
-    """Two shift cells; the second looks the other way in space (spec §3).
-
-    With `recompute` the backward pass runs the cell again from its input instead of keeping what is inside.
-    """
+class FlowCell(Recomputable):
+    """Two shift cells; the second looks the other way in space (spec §3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.forwards = ShiftCell(channels, mirrored=False)
         self.backwards = ShiftCell(channels, mirrored=True)
-        self.recompute = False
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w); the log-determinant is 0."""
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return self._run(z)
-        result: Tensor = checkpoint(self._run, z, use_reentrant=False, preserve_rng_state=False)
-        return result
+        return self.run(self._both, z)
 
-    def _run(self, z: Tensor) -> Tensor:
+    def _both(self, z: Tensor) -> Tensor:
         result: Tensor = self.backwards(self.forwards(z))
         return result
 

@@ -28,7 +28,9 @@ return to uncompiled code."""
 
 RECOMPILE_LIMIT = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
 """Dynamo's name for that limit; the second is torch 2.6's."""
-FAIL_AT_LIMIT = f"fail_on_{RECOMPILE_LIMIT}_hit"
+FAIL_AT_LIMIT = (
+    "fail_on_recompile_limit_hit" if hasattr(dynamo, "fail_on_recompile_limit_hit") else "fail_on_cache_limit_hit"
+)
 """Dynamo's name for the choice of an error there, likewise."""
 
 

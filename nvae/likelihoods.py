@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .config import Config
 from .latents import Normal, at_least_float32
+from .recomputation import recomputed
 
 MixtureEdge = Literal["right", "published"]
 Grid = Literal["stretched", "truncated"]
@@ -95,10 +95,8 @@ class Likelihood(ABC):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-likelihood in nats, (B,), of images (B, C, H, W) in [0, 1]; quantised here if they are not."""
-        if self.recompute and torch.is_grad_enabled():
-            again = partial(self._log_prob_anew, x)
-            result: Tensor = checkpoint(again, self.params, use_reentrant=False, preserve_rng_state=False)
-            return result
+        if self.recompute:
+            return recomputed(partial(self._log_prob_anew, x), self.params)
         pixels = self._log_prob(quantise(at_least_float32(x), self.config.bits, self.config.grid))
         return self.visible(pixels).sum((1, 2, 3))
 

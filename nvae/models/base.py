@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -56,6 +56,23 @@ class ModelConfig(Config):
         return self
 
 
+class Draw(NamedTuple):
+    """What one group of Normal latents makes of a batch, and of the decoder's state."""
+
+    state: Tensor
+    """(B, C, h, w), with z in it."""
+    z: Tensor
+    """(B, L, h, w)."""
+    channel_kl: Tensor
+    """(B, L) nats."""
+    log_q: Tensor
+    """(B,) nats, at z."""
+    log_p: Tensor
+    """(B,) nats, at z."""
+    posterior: Normal
+    prior: Normal
+
+
 @dataclass
 class Output:
     """What a model says of a batch."""
@@ -76,6 +93,20 @@ class Output:
     """q(z | x) of each group, before its flow, top-down; empty where latents are not Normal, and maybe in training."""
     prior: list[Normal] = field(default_factory=list)
     """p(z) of each group likewise."""
+
+    @staticmethod
+    def of(likelihood: Likelihood, target: Tensor, draws: Sequence[Draw], *, distributions: bool = True) -> "Output":
+        """From the draws of all groups, top-down; without their distributions if those are not asked for."""
+        return Output(
+            likelihood,
+            target,
+            channel_kl=[draw.channel_kl for draw in draws],
+            log_q=torch.stack([draw.log_q for draw in draws]).sum(0),
+            log_p=torch.stack([draw.log_p for draw in draws]).sum(0),
+            z=[draw.z for draw in draws],
+            posterior=[draw.posterior for draw in draws] if distributions else [],
+            prior=[draw.prior for draw in draws] if distributions else [],
+        )
 
     @cached_property
     def kl(self) -> Tensor:

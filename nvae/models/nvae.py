@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,9 @@ from ..objective import (
     kl_coefficient,
     spectral_weight,
 )
+from ..recomputation import Recomputable
 from ..regularizers import SpectralPenalty, batch_norm_penalty
-from .base import Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
+from .base import Draw, Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
 
 
 class NVAEConfig(ModelConfig):
@@ -132,18 +133,6 @@ class Features:
         return Features(self.target.repeat(times, 1, 1, 1), [tap.repeat(times, 1, 1, 1) for tap in self.taps])
 
 
-class Step(NamedTuple):
-    """What one group makes of the decoder state; Output has the same by name."""
-
-    state: Tensor
-    z: Tensor
-    posterior: Normal
-    prior: Normal
-    channel_kl: Tensor
-    log_q: Tensor
-    log_p: Tensor
-
-
 class LatentGroup(nn.Module):
     """One group of latents: its cells in both towers, its distributions, and how its z enters the decoder (spec §2)."""
 
@@ -166,7 +155,7 @@ class LatentGroup(nn.Module):
             self.merge = Conv2d(decoder, encoder)
             self.prior = Conv2d(decoder, 2 * latent)
 
-    def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Step:
+    def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
         """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3)."""
         prior_raw = self.prior_raw(state)
         p = Normal.from_raw(torch.zeros_like(noise).repeat(1, 2, 1, 1) if prior_raw is None else prior_raw)
@@ -179,7 +168,7 @@ class LatentGroup(nn.Module):
         log_q, log_p = q.log_prob(drawn), p.log_prob(z)
         divergence = log_q - log_p if len(self.flow) else kl_divergence(q, p)
         sums = divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3))
-        return Step(self.combined(state, z), z, q, p, *sums)
+        return Draw(self.combined(state, z), z, *sums, q, p)
 
     def prior_raw(self, state: Tensor) -> Tensor | None:
         """Raw prior parameters (B, 2L, h, w) from the decoder state; None, that is zeros, for the first group."""
@@ -337,12 +326,11 @@ class NVAE(Family[NVAEConfig]):
         """
         self.recompute = mode == "cells"
         for module in self.modules():
-            if isinstance(module, (Cell, FlowCell)):
+            if isinstance(module, Recomputable):
                 module.recompute = self.recompute
 
     def for_inference(self) -> "NVAE":
         """A copy whose batch norms are part of its convolutions, with the weights and statistics of now."""
-        self.weights.clear()
         model = deepcopy(self).eval()
         fold(model)
         model.weights = EffectiveWeights(model)
@@ -399,22 +387,13 @@ class NVAE(Family[NVAEConfig]):
         batch = features.target.shape[0]
         noise = self.noise_for(batch, noise)
         self.check_fit("latents", given, batch)
-        state, steps = self._first_state(batch), []
+        state = self._first_state(batch)
+        draws: list[Draw] = []
         for g, group in enumerate(self.groups):
             z = given[g] if g < len(given) else None
-            step: Step = group(self._entering(g, state), features.taps[g], noise[g], z)
-            steps.append(step)
-            state = step.state
-        return Output(
-            likelihood=self._likelihood(state),
-            target=features.target,
-            channel_kl=[step.channel_kl for step in steps],
-            log_q=torch.stack([step.log_q for step in steps]).sum(0),
-            log_p=torch.stack([step.log_p for step in steps]).sum(0),
-            z=[step.z for step in steps],
-            posterior=[step.posterior for step in steps],
-            prior=[step.prior for step in steps],
-        )
+            draws.append(group(self._entering(g, state), features.taps[g], noise[g], z))
+            state = draws[-1].state
+        return Output.of(self._likelihood(state), features.target, draws)
 
     def _prior(self, group: LatentGroup, state: Tensor, like: Tensor, temperature: float) -> Normal:
         raw = group.prior_raw(state)

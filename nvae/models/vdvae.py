@@ -7,23 +7,23 @@ last output at a resolution, after GELU: what the posteriors of that resolution 
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..activations import ACTIVATIONS
 from ..config import UserError
 from ..convolutions import Conv2d, Geometry, convolve, convolve_activated, for_autocast
 from ..latents import Normal, at_least_float32, kl_divergence
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
-from .base import Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
+from ..recomputation import Recomputable
+from .base import Draw, Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
 
 
 @dataclass(frozen=True)
@@ -221,24 +221,6 @@ class Block(nn.Module):
         return cast(Tensor, self.expand(self.second(self.first(x, "gelu"), "gelu"), "gelu"))
 
 
-Result = TypeVar("Result")
-
-
-class Recomputable(nn.Module):
-    """A part of the network that, with `recompute`, keeps only its input and runs again in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recompute = False
-
-    def run(self, part: Callable[..., Result], *inputs: Any) -> Result:
-        """part(*inputs)."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return part(*inputs)
-        result: Result = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return result
-
-
 class EncoderBlock(Recomputable):
     """A residual block; then, where the resolution changes, pooling and channels of zeros up to the next width."""
 
@@ -258,24 +240,6 @@ class EncoderBlock(Recomputable):
         if self.pool > 1:
             x = F.avg_pool2d(x, self.pool)
         return F.pad(x, (0, 0, 0, 0, 0, self.growth)) if self.growth else x
-
-
-@dataclass
-class Draw:
-    """What a latent block did with an image."""
-
-    state: Tensor
-    """(B, W, R, R), with z in it."""
-    z: Tensor
-    """(B, Z, R, R)."""
-    channel_kl: Tensor
-    """(B, Z) nats."""
-    log_q: Tensor
-    """(B,) nats, at z."""
-    log_p: Tensor
-    """(B,) nats, at z."""
-    posterior: Normal
-    prior: Normal
 
 
 class LatentBlock(Recomputable):
@@ -412,17 +376,8 @@ class VDVAE(Family[VDVAEConfig]):
             x, below, tap = states[block.resolution], states.get(block.below), features.taps[block.resolution]
             draws.append(block.infer(x, below, tap, noise[i], z))
             states[block.resolution] = draws[-1].state
-        return Output(
-            likelihood=self._likelihood(states),
-            target=features.target,
-            channel_kl=[draw.channel_kl for draw in draws],
-            log_q=torch.stack([draw.log_q for draw in draws]).sum(0),
-            log_p=torch.stack([draw.log_p for draw in draws]).sum(0),
-            z=[draw.z for draw in draws],
-            # In training they would only hold memory until the backward pass.
-            posterior=[] if self.training else [draw.posterior for draw in draws],
-            prior=[] if self.training else [draw.prior for draw in draws],
-        )
+        # In training the distributions would only hold memory until the backward pass.
+        return Output.of(self._likelihood(states), features.target, draws, distributions=not self.training)
 
     def sample(
         self,
