@@ -17,6 +17,7 @@ from ..flows import ShiftCell
 from ..layers import BatchNorm, SqueezeExcite, UpSkip
 from ..models.base import Metrics, Output
 from ..models.nvae import NVAE
+from ..residual import SCALE
 
 
 def make_plain(model: NVAE) -> NVAE:
@@ -86,7 +87,7 @@ class PlainSqueezeExcite(SqueezeExcite):
         """(B, C, H, W) three times."""
         x = x if norm is None else norm(x)
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
-        return skip + 0.1 * (x * gate[:, :, None, None])
+        return skip + SCALE * (x * gate[:, :, None, None])
 
 
 class PlainShiftCell(ShiftCell):

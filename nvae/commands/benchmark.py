@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,32 +56,34 @@ def ways_of(args: argparse.Namespace, device: torch.device) -> list[Way]:
 
 
 def speed(args: argparse.Namespace, what: str) -> Table:
-    """Times of `train`, `evaluate` or `sample`, for each batch size, in turns."""
+    """Times of an update, of the importance-weighted bound, or of sampling, for each batch size, in turns."""
     lines, figures = [], {}
     workload = workload_of(args)
     ways = ways_of(args, workload.device)
-    peaks = {way.precision: matrix_peak(workload.device, AUTOCAST.get(way.precision, torch.float32)) for way in ways}
+    peaks: dict[str, float] = {}
+    if what == "train":
+        types = {way.precision: AUTOCAST.get(way.precision, torch.float32) for way in ways}
+        peaks = {precision: matrix_peak(workload.device, dtype) for precision, dtype in types.items()}
     for batch in args.batch:
         workload = replace(workload, batch=batch)
         model = workload.trained()
         actions = {str(way): WORK[what](workload, model, way) for way in ways}
         times = in_turns(actions, args.rounds, workload.device)
         found: Figures = {name: times.summary(name, str(ways[0])) for name in actions}
-        if what == "train":
-            gflop = training_gflop(workload.config, batch)
-            for way in ways:
-                rate = gflop / times.median(str(way))
-                found[str(way)] |= {"gflop": gflop, "share_of_peak": rate / peaks[way.precision]}
+        gflop = training_gflop(workload.config, batch) if peaks else 0.0
+        for way in ways if peaks else []:
+            rate = gflop / times.median(str(way))
+            found[str(way)] |= {"gflop": gflop, "share_of_peak": rate / peaks[way.precision]}
         figures[f"batch {batch}"] = found
         unit = f"K = {args.importance_samples}, " if what == "evaluate" else ""
         lines += [
             f"{what}, {unit}batch {batch}: ms, times as fast as {ways[0]} (least to most of {args.rounds} rounds)"
         ]
         lines += [_row(name, found[name]) for name in actions]
-    if what == "train":
+    if peaks:
         measured = ", ".join(f"{precision} {value:.0f}" for precision, value in peaks.items())
         lines.append(f"  of peak: the plain network's convolutions; matrix products reach {measured} GFLOP/s")
-        figures["matrix_peak_gflops"] = {str(precision): value for precision, value in peaks.items()}
+        figures["matrix_peak_gflops"] = peaks
     return lines, figures
 
 
@@ -88,21 +92,6 @@ def _row(name: str, found: dict[str, float]) -> str:
     times = f"{found['milliseconds']:9.1f} ± {found['spread']:.1f}"
     spread = f"({found['faster_least']:.2f}–{found['faster_most']:.2f})"
     return f"  {name:14} {times:18} {found['faster']:5.2f}× {spread}{share}"
-
-
-def train(args: argparse.Namespace) -> Table:
-    """An update."""
-    return speed(args, "train")
-
-
-def evaluate(args: argparse.Namespace) -> Table:
-    """The importance-weighted bound."""
-    return speed(args, "evaluate")
-
-
-def sample(args: argparse.Namespace) -> Table:
-    """Images from the prior."""
-    return speed(args, "sample")
 
 
 def memory(args: argparse.Namespace) -> Table:
@@ -125,7 +114,8 @@ def memory(args: argparse.Namespace) -> Table:
 
 def scaling(args: argparse.Namespace) -> Table:
     """An update over batch size and number of groups, and the time until the first one."""
-    workload, way = workload_of(args), ways_of(args, torch.device("cpu"))[-1]
+    workload = workload_of(args)
+    way = ways_of(args, workload.device)[-1]
     lines = [f"scaling of an update, {way}"]
     figures: Figures = {}
     for name, line in (
@@ -172,10 +162,8 @@ def data(args: argparse.Namespace) -> Table:
     return lines, figures
 
 
-ACTIONS = {
-    "train": train,
-    "evaluate": evaluate,
-    "sample": sample,
+ACTIONS: dict[str, Callable[[argparse.Namespace], Table]] = {
+    **{what: partial(speed, what=what) for what in WORK},
     "memory": memory,
     "scaling": scaling,
     "data": data,
@@ -185,10 +173,9 @@ ACTIONS = {
 def run_all(args: argparse.Namespace) -> None:
     """Prints the tables that were asked for, and writes them as JSON."""
     device = torch.device(device_type(args.device, "--device"))
-    figures: Figures = {"machine": description(device), "model": args.model}
-    print(
-        ", ".join(f"{value} {name}" if name == "threads" else str(value) for name, value in figures["machine"].items())
-    )
+    machine = description(device)
+    figures: Figures = {"machine": machine, "model": args.model}
+    print(f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}")
     for what in args.what or ACTIONS:
         lines, figures[what] = ACTIONS[what](args)
         print("\n".join(lines), flush=True)

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def test_resident_images_are_timed() -> None:
-    assert resident_milliseconds(CPU, repeats=20) > 0
+    assert 0 < resident_milliseconds(CPU, repeats=20) < 50
 
 
 @pytest.mark.parametrize("size", [64, 72], ids=["raw", "webp"])
