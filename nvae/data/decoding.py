@@ -5,14 +5,17 @@ Shapes: C channels, H W pixels.
 
 import struct
 import zlib
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
-from .images import CENTRE, Crop
+from .images import CENTRE, BadImagesError, Crop, Images
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -106,7 +109,23 @@ class Shaping:
         return rectangle.crop((left, top, left + self.size, top + self.size))
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    """The pixels of an "L" or "RGB" image, (C, H, W) uint8; a view of (H, W, C)."""
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+class Decoded(Images):
+    """Images that are decoded as they are read."""
+
+    @abstractmethod
+    def square(self, index: int, crop: Crop) -> Image.Image:
+        """The image at `index`, "L" or "RGB" as `shape` says, cut out at `crop`. Raises BadImage."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What the image at `index` is called in messages."""
+
+    def read_into(self, out: Tensor, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> None:
+        problems = []
+        for row, index, crop in zip(out.numpy(), indices, crops or [CENTRE] * len(indices), strict=True):
+            try:
+                row[...] = np.asarray(self.square(index, crop)).reshape(row.shape)  # (H, W) of a grey one -> (H, W, 1)
+            except BadImage as error:
+                problems.append(f"{self.name(index)}: {error}")
+        if problems:
+            raise BadImagesError(problems)

@@ -78,7 +78,7 @@ def _from_processes(
         for problem, request in loader:
             if problem:
                 raise UserError(problem)
-            yield slots[request.slot, : len(request.positions)], request
+            yield slots[request.slot, : len(request.positions)].permute(0, 3, 1, 2), request
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
@@ -99,9 +99,10 @@ def _leave_with_the_reader(leaving: Tensor, worker: int) -> None:
 
 
 def _shared_memory(count: int, largest: int, shape: tuple[int, int, int]) -> Tensor:
-    """`count` slots for batches, (count, B, C, H, W) uint8."""
+    """`count` slots for batches, (count, B, H, W, C) uint8, of images of a shape (C, H, W)."""
+    channels, height, width = shape
     try:
-        slots = torch.zeros((count, largest, *shape), dtype=torch.uint8)
+        slots = torch.zeros((count, largest, height, width, channels), dtype=torch.uint8)
         return cast(Tensor, cast(Any, slots).share_memory_())
     except RuntimeError as error:
         raise UserError(
@@ -119,8 +120,8 @@ class _Reader(Dataset[tuple[str, Request]]):
 
     def __getitem__(self, request: Request) -> tuple[str, Request]:
         try:
-            pixels = self.images.read(request.positions, request.crops)
+            slot = self.slots[request.slot, : len(request.positions)]
+            self.images.read_into(slot, request.positions, request.crops)
         except UserError as error:
             return str(error), request
-        self.slots[request.slot, : len(pixels)] = pixels
         return "", request

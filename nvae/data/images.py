@@ -48,11 +48,19 @@ class Images(ABC):
         """Number of images."""
 
     @abstractmethod
-    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
-        """The images at `indices`, (B, C, H, W) uint8, their squares cut out at `crops` (None: the centre).
+    def read_into(self, out: Tensor, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> None:
+        """Writes the images at `indices`, their squares cut out at `crops` (None: the centre), to out.
 
-        Raises BadImagesError naming every image of them that can't be read.
+        That is (B, H, W, C) uint8, the order in which images are decoded. Raises BadImagesError naming every image of
+        them that can't be read.
         """
+
+    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
+        """The images at `indices`, (B, C, H, W) uint8 in any order of memory; otherwise as `read_into`."""
+        channels, height, width = self.shape
+        out = torch.empty((len(indices), height, width, channels), dtype=torch.uint8)
+        self.read_into(out, indices, crops)
+        return out.permute(0, 3, 1, 2)
 
     @property
     def size_mib(self) -> float:
@@ -72,6 +80,9 @@ class InMemory(Images):
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
+
+    def read_into(self, out: Tensor, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> None:
+        out.copy_(self.read(indices).permute(0, 2, 3, 1))
 
     def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
         return self.pixels[torch.as_tensor(indices, device=self.pixels.device)]

@@ -120,7 +120,12 @@ def _fetched(
 def _flipped(pixels: Tensor, indices: list[int], seed: int) -> Tensor:
     """Half of the images (B, C, H, W), chosen by (seed, index), mirrored from left to right in place."""
     coins = keyed_uniform((len(indices),), indices, seed, "flip", "cpu")
-    rows = (coins < 0.5).nonzero().squeeze(1).to(pixels.device)
+    rows = (coins < 0.5).nonzero().squeeze(1)
+    if pixels.device.type == "cpu":  # one by one in the order of their memory: a tenth of the time
+        for row in rows.tolist():
+            pixels[row] = pixels[row].flip(2)
+        return pixels
+    rows = rows.to(pixels.device)
     return pixels.index_copy_(0, rows, pixels.index_select(0, rows).flip(3))
 
 

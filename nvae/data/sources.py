@@ -15,13 +15,11 @@ from typing import Any, Self
 
 import lmdb
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..config import UserError
-from .decoding import SUFFIXES, BadImage, Shaping, decode, pixels
-from .images import CENTRE, BadImagesError, Crop, Images
+from .decoding import SUFFIXES, BadImage, Decoded, Shaping, decode
+from .images import Crop
 
 Positions = Sequence[int] | np.ndarray
 
@@ -230,7 +228,7 @@ def _raw_side(sample: Sequence[bytes]) -> int | None:
     return side if len(sample[0]) == 3 * side**2 and not is_file else None
 
 
-class Shaped(Images):
+class Shaped(Decoded):
     """A source's images, shaped as they are read."""
 
     def __init__(self, source: Source, shaping: Shaping, movable: bool = False) -> None:
@@ -243,14 +241,8 @@ class Shaped(Images):
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
-        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
-        problems = []
-        for row, index, crop in zip(out, indices, crops or [CENTRE] * len(indices), strict=True):
-            try:
-                row[...] = pixels(self.shaping.square(self.shaping.rectangle(self.source.load(index)), crop))
-            except BadImage as error:
-                problems.append(f"{self.source.name(index)}: {error}")
-        if problems:
-            raise BadImagesError(problems)
-        return torch.from_numpy(out)
+    def square(self, index: int, crop: Crop) -> Image.Image:
+        return self.shaping.square(self.shaping.rectangle(self.source.load(index)), crop)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)

@@ -26,13 +26,12 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from ..checkpoint import atomic_file
 from ..config import Config, UserError
 from .config import DataConfig
-from .decoding import DAMAGE, BadImage, Shaping, pixels
-from .images import CENTRE, BadImagesError, Crop, Images
+from .decoding import DAMAGE, BadImage, Decoded, Shaping
+from .images import Crop
 from .splits import Split, choose
 
 FORMAT = "nvae-images"
@@ -205,7 +204,7 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-class Store(Images):
+class Store(Decoded):
     """A split of a prepared store."""
 
     def __init__(self, path: Path, split: Split, config: DataConfig) -> None:
@@ -225,20 +224,19 @@ class Store(Images):
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
-        out = np.empty((len(indices), *self.shape), dtype=np.uint8)
-        problems = []
-        for row, index, crop in zip(out, indices, crops or [CENTRE] * len(indices), strict=True):
-            number = int(np.searchsorted(self.ends, index, side="right"))
-            place = index - (int(self.ends[number - 1]) if number else 0)
-            try:
-                image = decode(self._shard(number).record(place), self.shape[0], self.settings.encoding)
-                row[...] = pixels(self.shaping.square(image, crop))
-            except BadImage as error:
-                problems.append(f"{self.path / self.files[number]}[{place}]: {error}")
-        if problems:
-            raise BadImagesError(problems)
-        return torch.from_numpy(out)
+    def square(self, index: int, crop: Crop) -> Image.Image:
+        number, place = self._place(index)
+        image = decode(self._shard(number).record(place), self.shape[0], self.settings.encoding)
+        return self.shaping.square(image, crop)
+
+    def name(self, index: int) -> str:
+        number, place = self._place(index)
+        return f"{self.path / self.files[number]}[{place}]"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which shard holds an image, and where."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        return number, index - (int(self.ends[number - 1]) if number else 0)
 
     def _shard(self, number: int) -> ShardFile:
         if number not in self._open:

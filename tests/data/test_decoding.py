@@ -7,7 +7,7 @@ import pytest
 import torchvision.transforms.v2 as transforms
 from PIL import Image
 
-from nvae.data.decoding import BadImage, Shaping, decode, pixels
+from nvae.data.decoding import BadImage, Shaping, decode
 
 from .stand_ins import file_bytes, noise, smooth
 
@@ -116,7 +116,7 @@ def test_a_flipped_byte_of_a_png_is_found() -> None:
 
 
 def shaped(image: Image.Image, shaping: Shaping) -> np.ndarray:
-    return pixels(shaping.square(shaping.rectangle(image)))
+    return np.atleast_3d(np.asarray(shaping.square(shaping.rectangle(image)))).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (71, 100)])
