@@ -38,7 +38,7 @@ def _swish(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _elu(u: Tensor) -> tuple[Tensor, Tensor]:
     slope = u.clamp(max=0).exp()
-    return torch.where(u > 0, u, slope - 1), slope
+    return u.clamp(min=0) + (slope - 1), slope
 
 
 def _elu_elu(u: Tensor) -> tuple[Tensor, Tensor]:

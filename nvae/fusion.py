@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 P = ParamSpec("P")
 R = TypeVar("R")
 
-WORTH_COMPILING = 2**16
-"""Tensors with fewer elements than this run uncompiled: a kernel's gain, below 0.2 ms, would not pay for making it."""
+WORTH_COMPILING = 2**14
+"""Tensors with fewer elements than this run uncompiled: a kernel's gain, below 0.05 ms, would not pay for making it."""
 KINDS_OF_CALLS = 256
 """How many kinds of calls (sizes, types, modes) one function may be compiled for; one more is an error, never a silent
 return to uncompiled code."""
