@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .convolutions import Conv2d
 from .distributed import all_mean, world_size
@@ -23,7 +24,7 @@ from .layers import (
     recording,
     replaying,
 )
-from .recomputation import Recomputable, recomputed
+from .recomputation import Recomputable
 from .residual import SCALE
 
 Resampling = Literal["same", "down", "up"]
@@ -197,9 +198,11 @@ class Cell(Recomputable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        if not (self.recompute and self.training):
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._run(x)
-        return recomputed(self._run, x, contexts=self._recomputation_contexts)
+        contexts = self._recomputation_contexts  # torch.compile takes it from here, not through another function
+        out: Tensor = checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return out
 
     def _run(self, x: Tensor) -> Tensor:
         residual, closing = x, None

@@ -1,23 +1,20 @@
 """Parts of a network that run again in the backward pass instead of keeping what is inside (Chen et al. 2016)."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 Result = TypeVar("Result")
-Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-"""Makes what is entered around a part's forward pass, and around its repetition."""
 
 
-def recomputed(part: Callable[..., Result], *inputs: Any, contexts: Contexts = noop_context_fn) -> Result:
+def recomputed(part: Callable[..., Result], *inputs: Any) -> Result:
     """part(*inputs), of which only the inputs are kept for the backward pass. The part draws no random numbers."""
     if not torch.is_grad_enabled():
         return part(*inputs)
-    result: Result = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    result: Result = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result
 
 
