@@ -45,6 +45,10 @@ class Geometry(NamedTuple):
         """One input and one output channel per group: the operator of nvae/depthwise.py does it."""
         return self.groups == weight.shape[0] > 1 and weight.shape[1] == 1 and self.dilation == 1
 
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """A product of each pixel's channels with one matrix."""
+        return weight.shape[2:] == (1, 1) and self.groups == self.stride == 1 and not self.enlarge
+
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """(B, C, H, W), weight (O, C/groups, kh, kw) -> (B, O, h, w); differentiable, and aware of autocast."""
@@ -68,14 +72,20 @@ def convolve_activated(
     return cast(Tensor, _OfActivated.apply(x, for_autocast(weight), bias, geometry, activation))
 
 
+FEW_PIXELS = 2**12
+"""Up to so many in a batch, a product of matrices makes the weight gradient of a 1×1 kernel faster than PyTorch's."""
+
+
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of `convolve`'s x (of which only shape and type count), from that of its result."""
+    if geometry.is_pointwise(weight):
+        return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
     if geometry.enlarge:
         batch, channels, height, width = x.shape
         shape = (batch, channels, 2 * height, 2 * width)
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     if geometry.is_depthwise(weight):
-        x_grad = depthwise.input_gradient(grad, weight, *x.shape[2:], geometry.stride)
+        x_grad = depthwise.input_gradient(grad, weight, (x.shape[2], x.shape[3]), geometry.stride)
     else:
         x_grad = _torch_gradients(
             grad, torch.empty_like(x, dtype=grad.dtype), weight, None, geometry, (True, False, False)
@@ -92,6 +102,10 @@ def parameter_gradients(
     if geometry.is_depthwise(weight):
         weight_grad = depthwise.weight_gradient(grad, x, weight.shape[2], geometry.stride).to(weight.dtype)
         return weight_grad, None if bias is None else grad.sum((0, 2, 3)).to(bias.dtype)
+    if geometry.is_pointwise(weight) and grad.numel() <= FEW_PIXELS * grad.shape[1]:
+        by_pixel = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W, O)
+        weight_grad = by_pixel.t() @ x.permute(0, 2, 3, 1).flatten(0, 2)
+        return weight_grad.reshape(weight.shape), None if bias is None else by_pixel.sum(0).to(bias.dtype)
     _, weight_grad, bias_grad = _torch_gradients(grad, x, weight, bias, geometry, (False, True, bias is not None))
     return weight_grad, None if bias is None else bias_grad.to(bias.dtype)
 
@@ -274,11 +288,11 @@ class EffectiveWeights:
 
     @staticmethod
     def _stack(convolutions: list[Conv2d]) -> Tensor:
-        matrix = torch.stack([_rows(convolution.weight) for convolution in convolutions])  # (N, O, R)
+        matrix = _rows(torch.stack([convolution.weight for convolution in convolutions]))  # (N, O, R)
         if convolutions[0].mask is not None:
-            matrix = matrix * torch.stack([_rows(c.mask) for c in convolutions if c.mask is not None])
+            matrix = matrix * _rows(torch.stack([c.mask for c in convolutions if c.mask is not None]))
         if convolutions[0].normalised:
-            gains = torch.stack([convolution.log_gain.flatten(1) for convolution in convolutions])  # (N, O, 1)
+            gains = torch.stack([convolution.log_gain for convolution in convolutions]).flatten(2)  # (N, O, 1)
             matrix = weight_norm(matrix, gains)
         return matrix
 
@@ -296,9 +310,9 @@ class EffectiveWeights:
         return {"convolutions": self.convolutions, "matrices": {}, "_made_for": None}
 
 
-def _rows(kernel: Tensor) -> Tensor:
-    """(O, C/groups, kh, kw) -> (O, kh · kw · C/groups)."""
-    return kernel.permute(0, 2, 3, 1).flatten(1)
+def _rows(kernels: Tensor) -> Tensor:
+    """(N, O, C/groups, kh, kw) -> (N, O, kh · kw · C/groups)."""
+    return kernels.permute(0, 1, 3, 4, 2).flatten(2)
 
 
 def for_autocast(tensor: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Memory is channels-last. On the CPU the forward pass is PyTorch's, the input gra
 the kernel turned round, and the weight gradient K·K shifted products summed in one pass (docs/performance.md). On
 CUDA all three are Triton kernels (nvae/kernels/depthwise.py). Elsewhere PyTorch's.
 
-The operators are opaque to `torch.compile`: never traced into, never a graph break.
+The operators are opaque to `torch.compile`: never traced into, never a graph break. Where nobody traces, watches or
+differentiates, their functions are called without them.
 
 Shapes: B batch, C channels, H W space of x, h w space of y = ceil(H/stride), K kernel side (odd), padding K // 2.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fusion import compiles, fused
+from .fusion import compiles, fused, watched
 from .latents import at_least_float32
 
 TAPS_PER_PASS = 25
@@ -28,15 +29,31 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, bias: Tensor | 
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-    return cast(Tensor, forward(x, weight, None if bias is None else bias.to(x.dtype), stride))
+    run = _forward if _alone(x) else forward_operator
+    return cast(Tensor, run(x, weight, None if bias is None else bias.to(x.dtype), stride))
+
+
+def input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """The gradient of x, (B, C, H, W) with `size` (H, W), from that of y."""
+    run = _input_gradient if _alone(grad) else input_gradient_operator
+    return cast(Tensor, run(grad, weight, *size, stride))
+
+
+def weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
+    """The gradient of the kernel, (C, 1, size, size), float32 or more, from that of y."""
+    run = _weight_gradient if _alone(x) else weight_gradient_operator
+    return cast(Tensor, run(grad, x, size, stride))
+
+
+def _alone(x: Tensor) -> bool:
+    """True where nobody needs the operators: no compiler, no autograd, no observer."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or watched(x))
 
 
 # ----------------------------------------------------------------------------------------------------- the operators
 
 
-@torch.library.custom_op("nvae::depthwise", mutates_args=())
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """y."""
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     if _in_triton(x):
         from .kernels import depthwise as kernels
 
@@ -44,9 +61,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tens
     return _channels_last(_convolve(_channels_last(x), weight, bias, stride))
 
 
-@torch.library.custom_op("nvae::depthwise_input_gradient", mutates_args=())
-def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """The gradient of x, (B, C, height, width), from that of y."""
+def _input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
     shape = (*grad.shape[:2], height, width)
     if _in_triton(grad):
         from .kernels import depthwise as kernels
@@ -60,9 +75,7 @@ def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride
     return _channels_last(_backward(wide, x, kernel, stride, (True, False, False))[0].to(grad.dtype))
 
 
-@torch.library.custom_op("nvae::depthwise_weight_gradient", mutates_args=())
-def weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
-    """The gradient of the kernel, (C, 1, size, size), float32 or more, from that of y."""
+def _weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     if _in_triton(x):
         from .kernels import depthwise as kernels
 
@@ -121,19 +134,23 @@ def _channels_last(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------ what compilers and autograd see
 
+forward_operator = torch.library.custom_op("nvae::depthwise", _forward, mutates_args=())
+input_gradient_operator = torch.library.custom_op("nvae::depthwise_input_gradient", _input_gradient, mutates_args=())
+weight_gradient_operator = torch.library.custom_op("nvae::depthwise_weight_gradient", _weight_gradient, mutates_args=())
 
-@forward.register_fake
+
+@forward_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     batch, channels, height, width = x.shape
     return _fake(x, (batch, channels, -(-height // stride), -(-width // stride)))
 
 
-@input_gradient.register_fake
+@input_gradient_operator.register_fake
 def _(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
     return _fake(grad, (*grad.shape[:2], height, width))
 
 
-@weight_gradient.register_fake
+@weight_gradient_operator.register_fake
 def _(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     return x.new_empty((x.shape[1], 1, size, size), dtype=at_least_float32(x.new_empty(0)).dtype)
 
@@ -150,9 +167,9 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: T
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    x_grad = input_gradient(grad, weight, *x.shape[2:], ctx.stride) if needs_x else None
+    x_grad = input_gradient(grad, weight, (x.shape[2], x.shape[3]), ctx.stride) if needs_x else None
     weight_grad = weight_gradient(grad, x, weight.shape[2], ctx.stride).to(weight.dtype) if needs_weight else None
     return x_grad, weight_grad, grad.sum((0, 2, 3)) if needs_bias else None, None
 
 
-forward.register_autograd(_gradients, setup_context=_keep)
+forward_operator.register_autograd(_gradients, setup_context=_keep)

@@ -81,11 +81,15 @@ def _kind(argument: object) -> object:
     return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
 
 
+def watched(x: Tensor) -> bool:
+    """True where somebody watches every operator: a FLOP counter, fake tensors."""
+    return isinstance(x, FakeTensor) or _get_current_dispatch_mode() is not None
+
+
 def _worth_compiling(x: object) -> bool:
-    """False for small tensors, and where somebody watches every operator: a FLOP counter, fake tensors."""
+    """False for small tensors, and where somebody watches."""
     assert isinstance(x, Tensor)
-    watched = isinstance(x, FakeTensor) or _get_current_dispatch_mode() is not None
-    return x.numel() >= WORTH_COMPILING and not watched and compiles(x.device.type)
+    return x.numel() >= WORTH_COMPILING and not watched(x) and compiles(x.device.type)
 
 
 @cache

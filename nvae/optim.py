@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from .adamax import Adamax
 from .config import Config, UserError
 
 APEX_HELP = (
@@ -66,7 +67,7 @@ def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
         "weight_decay": config.weight_decay,
     }
     if config.name == "adamax":
-        return torch.optim.Adamax(trained, foreach=True, **options)
+        return Adamax(trained, **options)
     if config.name == "adamw":
         return torch.optim.AdamW(trained, foreach=True, **options)
     try:

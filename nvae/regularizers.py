@@ -42,7 +42,7 @@ class SpectralPenalty(nn.Module):
                 u = self.get_buffer(f"u_{key}")
                 v = _iterate(matrix, u, iterations)
                 # uᵀ W v with u and v held fixed: its derivative by W is u vᵀ.
-                total = total + torch.einsum("no,nor,nr->", u.clone(), matrix, v)
+                total = total + (u[:, None].clone() @ matrix @ v[:, :, None]).sum()
         self._started = True
         return total
 
@@ -64,9 +64,9 @@ class SpectralPenalty(nn.Module):
 def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
     """Power iterations v ← Wᵀ u, u ← W v, normalised; u (N, O) in place, returns v (N, R)."""
     for _ in range(iterations):
-        v = F.normalize(torch.einsum("nor,no->nr", matrix, u), dim=1)
-        u.copy_(F.normalize(torch.einsum("nor,nr->no", matrix, v), dim=1))
-    return v
+        v = (u[:, None] @ matrix).squeeze(1)  # its length is lost where u is normalised
+        u.copy_(F.normalize((matrix @ v[:, :, None]).squeeze(2), dim=1))
+    return F.normalize(v, dim=1)
 
 
 def _forget_start(module: nn.Module, incompatible: Any) -> None:

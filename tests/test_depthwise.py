@@ -101,9 +101,9 @@ def test_gradients_repeat_to_the_last_bit() -> None:
 @EVERY_STRIDE
 def test_the_operators_keep_what_compilers_are_told_of_them(stride: int) -> None:
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 7, 6), (3, 1, 5, 5), (3,)))
-    y = depthwise.forward(x, weight, bias, stride)
+    y = depthwise.forward_operator(x, weight, bias, stride)
     plain = (x.detach(), weight.detach(), y.detach())
-    torch.library.opcheck(depthwise.forward, (x, weight, None, stride))
-    torch.library.opcheck(depthwise.forward, (x, weight, bias, stride))
-    torch.library.opcheck(depthwise.input_gradient, (plain[2], plain[1], 7, 6, stride))
-    torch.library.opcheck(depthwise.weight_gradient, (plain[2], plain[0], 5, stride))
+    torch.library.opcheck(depthwise.forward_operator, (x, weight, None, stride))
+    torch.library.opcheck(depthwise.forward_operator, (x, weight, bias, stride))
+    torch.library.opcheck(depthwise.input_gradient_operator, (plain[2], plain[1], 7, 6, stride))
+    torch.library.opcheck(depthwise.weight_gradient_operator, (plain[2], plain[0], 5, stride))

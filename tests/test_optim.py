@@ -1,14 +1,17 @@
 """Optimisers against their definitions in float64, the schedule's closed form, skipping, averaging."""
 
+import copy
 import math
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from nvae.adamax import Adamax
 from nvae.config import UserError, validate
 from nvae.layers import BatchNorm
 from nvae.optim import Averaged, OptimConfig, Schedule, SkipRule, build_optimiser
@@ -71,10 +74,62 @@ def test_the_optimiser_follows_its_definition_in_float64(name: str, reference: A
         torch.testing.assert_close(found, reference(start, gradient), rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["adamax", "adamw"])
-def test_the_optimiser_works_on_many_tensors_at_once(name: str) -> None:
-    optimiser = build_optimiser([nn.Parameter(torch.ones(2))], config(name=name))
-    assert all(group["foreach"] for group in optimiser.param_groups)
+def network() -> tuple[nn.Module, Tensor]:
+    """Parameters of several shapes and two types; the last one never gets a gradient."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2, bias=False), nn.Linear(2, 2).double())
+    return model, torch.randn(5, 3)
+
+
+def updates(model: nn.Module, x: Tensor, optimiser: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+    """The first layer has no gradient in every third update."""
+    for step in steps:
+        optimiser.zero_grad()
+        model[:3](x * (1 + step)).square().sum().backward()
+        if step % 3 == 2:
+            model[0].weight.grad = model[0].bias.grad = None
+        optimiser.step()
+
+
+def same_numbers(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 3e-4}
+
+
+def test_adamax_in_one_piece_is_torchs_where_gradients_come_and_go() -> None:
+    (ours, x), (theirs, _) = network(), network()
+    mine, reference = Adamax(ours.parameters(), **OPTIONS), torch.optim.Adamax(theirs.parameters(), **OPTIONS)
+    updates(ours, x, mine, range(10))
+    updates(theirs, x, reference, range(10))
+    same_numbers(ours, theirs)
+    assert [state["step"] for state in mine.state_dict()["state"].values()] == [7, 7, 10]
+    own, other = (optimiser.state_dict()["state"] for optimiser in (mine, reference))
+    torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kinds", [(Adamax, torch.optim.Adamax), (torch.optim.Adamax, Adamax)], ids=["to", "from"])
+def test_adamax_hands_its_state_to_torchs_and_takes_it(kinds: tuple[Any, Any]) -> None:
+    (whole, x), (parted, _) = network(), network()
+    throughout = torch.optim.Adamax(whole.parameters(), **OPTIONS)
+    updates(whole, x, throughout, range(8))
+    first, second = (kind(parted.parameters(), **OPTIONS) for kind in kinds)
+    updates(parted, x, first, range(4))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    updates(parted, x, second, range(4, 8))
+    same_numbers(parted, whole)
+
+
+def test_the_optimisers_work_on_many_tensors_at_once() -> None:
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    assert all(group["foreach"] for group in build_optimiser(weights, config(name="adamw")).param_groups)
+    adamax = build_optimiser(weights, config())
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    adamax.step()
+    for moment in ("exp_avg", "exp_inf"):
+        assert len({state[moment].untyped_storage().data_ptr() for state in adamax.state.values()}) == 1
 
 
 def test_parameters_without_gradient_are_left_out() -> None:

@@ -19,6 +19,7 @@ from processes import start
 from tiny_run import checkpoint, column, differences, log, outcome, tiny_run
 
 from nvae import run
+from nvae.adamax import Adamax
 from nvae.config import UserError
 from nvae.folder import RunFolder
 from nvae.trainer import Trainer
@@ -281,9 +282,9 @@ def test_another_model_is_a_clear_error_even_so(half_done: Path) -> None:
 
 def test_weight_decay_that_was_changed_is_used(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    original = torch.optim.Adamax.step
+    original = Adamax.step
     monkeypatch.setattr(
-        torch.optim.Adamax,
+        Adamax,
         "step",
         lambda self, *args: (seen.append(self.param_groups[0]["weight_decay"]), original(self, *args))[1],
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from nvae import run
+from nvae.adamax import Adamax
 from nvae.config import UserError
 from nvae.data.loading import Batch, TrainingStream, evaluation_batches
 from nvae.data.sets import open_images
@@ -174,7 +175,7 @@ def test_checkpoints_are_not_written_amid_non_finite_updates(tmp_path: Path, alt
 def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, updates = torch.optim.Adamax.step, iter(range(100))
+    original, updates = Adamax.step, iter(range(100))
 
     def step(self: torch.optim.Optimizer, *args: Any) -> Any:
         result = original(self, *args)
@@ -183,7 +184,7 @@ def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(
                 self.param_groups[0]["params"][5][0] = torch.inf
         return result
 
-    monkeypatch.setattr(torch.optim.Adamax, "step", step)
+    monkeypatch.setattr(Adamax, "step", step)
     folder = trained(tmp_path)
     for file in (folder / "checkpoints").glob("*.pt"):
         content = torch.load(file, weights_only=True)
