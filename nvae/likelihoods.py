@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .config import Config
+from .fusion import fused
 from .latents import Normal, at_least_float32
 from .recomputation import recomputed
 
@@ -160,22 +161,22 @@ class LogisticMixture(Likelihood):
     def params_per_pixel(config: LikelihoodConfig, channels: int) -> int:
         return config.components * (10 if channels == 3 else 3)
 
-    @cached_property
+    @property
     def logits(self) -> Tensor:
         """(B, M, H, W)."""
         return self.params[:, : self.config.components]
 
-    @cached_property
+    @property
     def means(self) -> Tensor:
         """(B, C, M, H, W)."""
         return self._of_colours[:, :, 0]
 
-    @cached_property
+    @property
     def log_scales(self) -> Tensor:
         """(B, C, M, H, W), ≥ −7."""
         return self._of_colours[:, :, 1].clamp(min=-7)
 
-    @cached_property
+    @property
     def coefficients(self) -> Tensor | None:
         """(B, 3, M, H, W), for RGB."""
         return self._of_colours[:, :, 2].tanh() if self.channels == 3 else None
@@ -188,14 +189,21 @@ class LogisticMixture(Likelihood):
 
     def _shifted_means(self, x: Tensor) -> Tensor:
         """Component means given the observed image x (B, C, 1, H, W) in [−1, 1]: (B, C, M, H, W)."""
-        if self.coefficients is None:
+        coefficients = self.coefficients
+        if coefficients is None:
             return self.means
-        c0, c1, c2 = self.coefficients.unbind(1)  # each (B, M, H, W)
+        c0, c1, c2 = coefficients.unbind(1)  # each (B, M, H, W)
         red, green, _ = x.unbind(1)  # each (B, 1, H, W)
         mean_r, mean_g, mean_b = self.means.unbind(1)
         return torch.stack([mean_r, mean_g + c0 * red, mean_b + c1 * red + c2 * green], dim=1)
 
     def _log_prob(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.log_prob_of_pixels(x)
+        return _log_prob_in_a_pass(self.params, x, self.config, self.channels)
+
+    def log_prob_of_pixels(self, x: Tensor) -> Tensor:
+        """Nats per pixel (B, 1, H, W) of quantised images (B, C, H, W) in [0, 1]."""
         x = (2 * x - 1).unsqueeze(2)  # (B, C, 1, H, W)
         means = self._shifted_means(x)
         levels = 2**self.config.bits - 1
@@ -210,9 +218,10 @@ class LogisticMixture(Likelihood):
     def mean(self) -> Tensor:
         weights = F.softmax(self.logits, dim=1).unsqueeze(1)  # (B, 1, M, H, W)
         mean = (weights * self.means).sum(2)  # (B, C, H, W)
-        if self.coefficients is None:
+        coefficients = self.coefficients
+        if coefficients is None:
             return mean.clamp(-1, 1) / 2 + 0.5
-        c0, c1, c2 = (weights * self.coefficients).sum(2).unbind(1)
+        c0, c1, c2 = (weights * coefficients).sum(2).unbind(1)
         red = mean[:, 0].clamp(-1, 1)
         green = (mean[:, 1] + c0 * red).clamp(-1, 1)
         blue = (mean[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
@@ -235,13 +244,20 @@ class LogisticMixture(Likelihood):
 
         logistic = torch.logit(numbers[:, m:])  # (B, C, H, W)
         x = pick(self.means) + temperature * pick(self.log_scales).exp() * logistic
-        if self.coefficients is None:
+        coefficients = self.coefficients
+        if coefficients is None:
             return x.clamp(-1, 1) / 2 + 0.5
-        c0, c1, c2 = pick(self.coefficients).unbind(1)
+        c0, c1, c2 = pick(coefficients).unbind(1)
         red = x[:, 0].clamp(-1, 1)
         green = (x[:, 1] + c0 * red).clamp(-1, 1)
         blue = (x[:, 2] + c1 * red + c2 * green).clamp(-1, 1)
         return torch.stack([red, green, blue], dim=1) / 2 + 0.5
+
+
+@fused(dynamic=False)
+def _log_prob_in_a_pass(params: Tensor, x: Tensor, config: LikelihoodConfig, channels: int) -> Tensor:
+    """`log_prob_of_pixels` where nobody asks for gradients: not one of its (B, C, M, H, W) tensors is ever written."""
+    return LogisticMixture(params, config, channels).log_prob_of_pixels(x)
 
 
 def logistic_log_prob(x: Tensor, means: Tensor, log_scales: Tensor, levels: int, highest: float = 1.0) -> Tensor:

@@ -39,10 +39,18 @@ class SqueezeExcite(nn.Module):
         """
         if norm is not None and not norm.training:
             x, norm = norm(x), None
+        if norm is None and not torch.is_grad_enabled():
+            return torch.addcmul(skip, x, self._scale(x)[:, :, None, None])
         skip, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (skip, x))
         batch_norm = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.batch_statistics(x))
         gate = (self.squeeze.weight, self.squeeze.bias, self.excite.weight, self.excite.bias)
         return cast(Tensor, _Joined.apply(skip, x, *batch_norm, BatchNorm.eps, *gate))
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """0.1 · gate of x, (B, C)."""
+        with torch.autocast(x.device.type, enabled=False):
+            means = x.mean((2, 3), dtype=self.squeeze.weight.dtype)
+            return (SCALE * torch.sigmoid(self.excite(F.relu(self.squeeze(means))))).to(x.dtype)
 
 
 class _Joined(torch.autograd.Function):

@@ -32,6 +32,13 @@ def test_the_value_beside_the_slope_is_the_activation(activation: Activation) ->
 
 
 @EVERY_ACTIVATION
+def test_in_float32_value_and_slope_err_by_a_few_roundings(activation: Activation) -> None:
+    u = torch.linspace(-20, 20, 40_001).double()
+    for found, expected in zip(with_slope(activation, u.float()), with_slope(activation, u), strict=True):
+        assert float(((found - expected).abs() / expected.abs().clamp(min=1)).max()) < 1e-6
+
+
+@EVERY_ACTIVATION
 def test_the_slope_is_the_derivative(activation: Activation) -> None:
     u = POINTS.clone().requires_grad_()
     (derivative,) = torch.autograd.grad(FORMULAS[activation](u).sum(), u)
