@@ -59,15 +59,17 @@ def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling() or not _worth_compiling(args[0]):
                 return function(*args, **kwargs)
-            with torch.no_grad():
-                kind = (torch.get_num_threads(), torch.is_autocast_enabled(), *map(_kind, args))
-                if kind in met:
-                    return compiled(*args, **kwargs)
-                # Sizes that happen to be equal are no reason for a kernel of its own.
-                with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                    result: R = compiled(*args, **kwargs)
-                met.add(kind)
-                return result
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    return call(*args, **kwargs)
+            kind = (torch.get_num_threads(), torch.is_autocast_enabled(), *map(_kind, args))
+            if kind in met:
+                return compiled(*args, **kwargs)
+            # Sizes that happen to be equal are no reason for a kernel of its own.
+            with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                result: R = compiled(*args, **kwargs)
+            met.add(kind)
+            return result
 
         return call
 
