@@ -191,11 +191,15 @@ def test_encoding_once_and_decoding_twice_is_two_passes(any_config: NVAEConfig) 
             assert_same(model.decode(features, noise), model(x, noise))
 
 
-def test_repeated_features_are_draws_of_each_image(any_config: NVAEConfig) -> None:
+@pytest.mark.parametrize("inference", [False, True], ids=["as it trains", "for inference"])
+def test_repeated_features_are_draws_of_each_image(any_config: NVAEConfig, inference: bool) -> None:
     model, x = lively(any_config), images(any_config, 2)
     noise = noise_for(model, 6)
+    decoder = model.for_inference() if inference else model
     with torch.no_grad():
-        many = model.decode(model.encode(x).repeated(3), noise)
+        features = decoder.encode(x)
+        assert features.repeated(3).taps is features.taps
+        many = decoder.decode(features.repeated(3), noise)
         for k in range(3):
             one = model(x, [n[2 * k : 2 * k + 2] for n in noise])
             torch.testing.assert_close(many.log_weight.reshape(3, 2)[k], one.log_weight, rtol=1e-5, atol=1e-3)

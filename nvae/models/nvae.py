@@ -129,8 +129,8 @@ class Features:
     """What each group's posterior sees of the image, (B, C, h, w), top-down."""
 
     def repeated(self, times: int) -> "Features":
-        """The batch `times` over: draw k of image b is row k·B + b."""
-        return Features(self.target.repeat(times, 1, 1, 1), [tap.repeat(times, 1, 1, 1) for tap in self.taps])
+        """The batch `times` over: draw k of image b is row k·B + b. The taps stay one an image."""
+        return Features(self.target.repeat(times, 1, 1, 1), self.taps)
 
 
 class LatentGroup(nn.Module):
@@ -154,9 +154,14 @@ class LatentGroup(nn.Module):
         if not first:
             self.merge = Conv2d(decoder, encoder)
             self.prior = Conv2d(decoder, 2 * latent)
+        self.merged: Conv2d | None = None
+        """For inference, what `posterior` makes of `merge`: one convolution of the decoder state."""
 
     def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
-        """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3)."""
+        """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3).
+
+        state (K·B, C, h, w), tap (B, …, h, w) from `seen`, noise and given (K·B, L, h, w); K any number.
+        """
         prior_raw = self.prior_raw(state)
         p = Normal.from_raw(torch.zeros_like(noise).repeat(1, 2, 1, 1) if prior_raw is None else prior_raw)
         q = Normal.from_raw(self.posterior_raw(tap, state, prior_raw))
@@ -174,12 +179,33 @@ class LatentGroup(nn.Module):
         """Raw prior parameters (B, 2L, h, w) from the decoder state; None, that is zeros, for the first group."""
         return None if self.is_first else at_least_float32(self.prior(state, "elu"))
 
+    def seen(self, features: Tensor) -> Tensor:
+        """What the posterior takes of the encoder's features (B, C, h, w): computed once, however many the draws."""
+        if self.merged is None:
+            return features
+        assert self.merge.bias is not None
+        return cast(Tensor, self.posterior(features + self.merge.bias[:, None, None]))
+
     def posterior_raw(self, tap: Tensor, state: Tensor, prior_raw: Tensor | None) -> Tensor:
-        """Raw posterior parameters (B, 2L, h, w); residual ones add to the prior's before the soft clamp (spec §3)."""
+        """Raw posterior parameters (K·B, 2L, h, w); residual ones add to the prior's before the soft clamp (spec §3)."""
         if prior_raw is None:
-            return at_least_float32(self.posterior(tap))
-        raw = at_least_float32(self.posterior(tap + self.merge(state)))
+            raw = at_least_float32(self.posterior(tap))
+            return raw if len(raw) == len(state) else raw.repeat(len(state) // len(raw), 1, 1, 1)
+        if self.merged is None:
+            raw = at_least_float32(self.posterior(_sum_with_each(self.merge(state), tap)))
+        else:
+            raw = at_least_float32(_sum_with_each(self.merged(state), tap))
         return prior_raw + raw if self.residual_posterior else raw
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """For inference: P(tap + M(state)) as P(tap + M's bias), once an image, plus one convolution of the state."""
+        if self.is_first:
+            return
+        posterior, merge = self.posterior.effective_weight().double(), self.merge.effective_weight().double()
+        kernel = torch.einsum("omhw,mi->oihw", posterior, merge[:, :, 0, 0])
+        self.merged = Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], bias=False, normalised=False)
+        self.merged.to(self.merge.weight).weight.copy_(kernel)
 
     def through_flow(self, z: Tensor) -> Tensor:
         """The posterior draw after its flow cells."""
@@ -197,6 +223,13 @@ class LatentGroup(nn.Module):
         """The decoder state (B, C, h, w) after z has entered it."""
         z = z.to(state.dtype)
         return cast(Tensor, self.combine(z if self.is_vanilla else torch.cat([state, z], dim=1)))
+
+
+def _sum_with_each(x: Tensor, y: Tensor) -> Tensor:
+    """x (K·B, C, h, w) + y (B, C, h, w), y once for each of the K parts of x."""
+    if len(x) == len(y):
+        return x + y
+    return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)
 
 
 class NVAE(Family[NVAEConfig]):
@@ -330,8 +363,10 @@ class NVAE(Family[NVAEConfig]):
                 module.recompute = self.recompute
 
     def for_inference(self) -> "NVAE":
-        """A copy whose batch norms are part of its convolutions, with the weights and statistics of now."""
+        """A copy with the weights and statistics of now, whose batch norms are part of its convolutions."""
         model = deepcopy(self).eval()
+        for group in cast("list[LatentGroup]", list(model.groups)):
+            group.fold()
         fold(model)
         model.weights = EffectiveWeights(model)
         return model
@@ -378,7 +413,8 @@ class NVAE(Family[NVAEConfig]):
             taps.append(state)
             if (joint := self.joint_above(g)) is not None:
                 state = self.down[joint](state)
-        return Features(target, taps[::-1])
+        groups = cast("list[LatentGroup]", list(self.groups))
+        return Features(target, [group.seen(tap) for group, tap in zip(groups, reversed(taps), strict=True)])
 
     # ---------------------------------------------------------------------------------------------------- top-down
 
