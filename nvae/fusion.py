@@ -45,10 +45,11 @@ def compile_each(modules: Iterable[nn.Module]) -> None:
         module.compile(dynamic=False)
 
 
-def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def fused(*, dynamic: bool, least: int = WORTH_COMPILING) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compiles a function of tensors at its first call on a device that has a compiler; the first argument decides.
 
-    `dynamic`: one kernel for all sizes, else one for each. The function modifies no argument and passes no gradient.
+    `dynamic`: one kernel for all sizes, else one for each; `least`: the number of elements from which on it is worth
+    making. The function modifies no argument and passes no gradient.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -57,7 +58,7 @@ def fused(*, dynamic: bool) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling() or not _worth_compiling(args[0]):
+            if torch.compiler.is_compiling() or not _worth_compiling(args[0], least):
                 return function(*args, **kwargs)
             if torch.is_grad_enabled():
                 with torch.no_grad():
@@ -88,10 +89,10 @@ def watched(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or _get_current_dispatch_mode() is not None
 
 
-def _worth_compiling(x: object) -> bool:
+def _worth_compiling(x: object, least: int) -> bool:
     """False for small tensors, and where somebody watches."""
     assert isinstance(x, Tensor)
-    return x.numel() >= WORTH_COMPILING and not watched(x) and compiles(x.device.type)
+    return x.numel() >= least and not watched(x) and compiles(x.device.type)
 
 
 @cache

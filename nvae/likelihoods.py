@@ -254,7 +254,7 @@ class LogisticMixture(Likelihood):
         return torch.stack([red, green, blue], dim=1) / 2 + 0.5
 
 
-@fused(dynamic=False)
+@fused(dynamic=False, least=2**19)  # its kernel takes seconds to make
 def _log_prob_in_a_pass(params: Tensor, x: Tensor, config: LikelihoodConfig, channels: int) -> Tensor:
     """`log_prob_of_pixels` where nobody asks for gradients: not one of its (B, C, M, H, W) tensors is ever written."""
     return LogisticMixture(params, config, channels).log_prob_of_pixels(x)

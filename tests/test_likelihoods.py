@@ -440,3 +440,17 @@ def test_parameters_per_pixel_of_the_mixture(components: int, channels: int, exp
 def test_the_highest_level_of_the_truncated_grid_keeps_its_value() -> None:
     assert highest_level(5, "truncated") == 248 / 255
     assert highest_level(8, "truncated") == highest_level(5, "stretched") == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "fields"), [(3, {}), (1, {"edge": "published", "bits": 5, "grid": "truncated"})], ids=["rgb", "grey"]
+)
+def test_without_gradients_the_mixture_is_the_same_in_one_pass(channels: int, fields: dict[str, Any]) -> None:
+    components = 10 if channels == 3 else 30
+    params = mixture_params(components, channels, 6, 32, 32)
+    params = torch.cat([params] * math.ceil(2**19 / params.numel())).contiguous(memory_format=torch.channels_last)
+    x = torch.rand(len(params), channels, 32, 32)
+    likelihood = LogisticMixture(params, config(components=components, **fields), channels)
+    expected = likelihood.log_prob(x)
+    with torch.no_grad():
+        torch.testing.assert_close(likelihood.log_prob(x), expected, rtol=1e-5, atol=1e-2)

@@ -187,7 +187,7 @@ class LatentGroup(nn.Module):
         return cast(Tensor, self.posterior(features + self.merge.bias[:, None, None]))
 
     def posterior_raw(self, tap: Tensor, state: Tensor, prior_raw: Tensor | None) -> Tensor:
-        """Raw posterior parameters (K·B, 2L, h, w); residual ones add to the prior's before the soft clamp (spec §3)."""
+        """Raw parameters (K·B, 2L, h, w) of the posterior; residual ones add to the prior's (spec §3)."""
         if prior_raw is None:
             raw = at_least_float32(self.posterior(tap))
             return raw if len(raw) == len(state) else raw.repeat(len(state) // len(raw), 1, 1, 1)
