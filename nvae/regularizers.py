@@ -64,9 +64,9 @@ class SpectralPenalty(nn.Module):
 def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
     """Power iterations v ← Wᵀ u, u ← W v, normalised; u (N, O) in place, returns v (N, R)."""
     for _ in range(iterations):
-        v = (u[:, None] @ matrix).squeeze(1)  # its length is lost where u is normalised
+        v = F.normalize((u[:, None] @ matrix).squeeze(1), dim=1)
         u.copy_(F.normalize((matrix @ v[:, :, None]).squeeze(2), dim=1))
-    return F.normalize(v, dim=1)
+    return v
 
 
 def _forget_start(module: nn.Module, incompatible: Any) -> None:

@@ -453,4 +453,4 @@ def test_without_gradients_the_mixture_is_the_same_in_one_pass(channels: int, fi
     likelihood = LogisticMixture(params, config(components=components, **fields), channels)
     expected = likelihood.log_prob(x)
     with torch.no_grad():
-        torch.testing.assert_close(likelihood.log_prob(x), expected, rtol=1e-5, atol=1e-2)
+        torch.testing.assert_close(likelihood.log_prob(x), expected, rtol=1e-6, atol=0)

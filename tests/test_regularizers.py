@@ -32,6 +32,13 @@ def test_the_first_sum_is_within_one_percent_of_the_exact_one() -> None:
     assert float(penalty()(given)) == pytest.approx(exact(given), rel=0.01)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_weights_that_have_all_but_vanished_or_grown_huge_are_measured_as_well(scale: float) -> None:
+    given, module = matrices(), penalty()
+    scaled = {key: matrix * scale for key, matrix in given.items()}
+    assert float(module(scaled)) == pytest.approx(exact(scaled), rel=0.01)
+
+
 def test_more_steps_come_closer_from_below() -> None:
     given, module = matrices(), penalty()
     sums = [float(module(given)) for _ in range(60)]
