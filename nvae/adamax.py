@@ -85,7 +85,7 @@ class _Block:
         self.parameters: list[Tensor] = list(parameters)
         self.updates = updates
         size = sum(parameter.numel() for parameter in parameters)
-        self.first, self.largest, self.scratch = (torch.zeros(size).to(parameters[0]) for _ in range(3))
+        self.first, self.largest, self.scratch = (parameters[0].new_zeros(size) for _ in range(3))
         self.pieces = self._pieces(self.scratch)
         moments = zip(self._pieces(self.first), self._pieces(self.largest), strict=True)
         self.states: list[dict[str, Tensor]] = [

@@ -101,13 +101,13 @@ def parameter_gradients(
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     if geometry.is_depthwise(weight):
         weight_grad = depthwise.weight_gradient(grad, x, weight.shape[2], geometry.stride).to(weight.dtype)
-        return weight_grad, None if bias is None else grad.sum((0, 2, 3)).to(bias.dtype)
-    if geometry.is_pointwise(weight) and grad.numel() <= FEW_PIXELS * grad.shape[1]:
-        by_pixel = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W, O)
-        weight_grad = by_pixel.t() @ x.permute(0, 2, 3, 1).flatten(0, 2)
-        return weight_grad.reshape(weight.shape), None if bias is None else by_pixel.sum(0).to(bias.dtype)
-    _, weight_grad, bias_grad = _torch_gradients(grad, x, weight, bias, geometry, (False, True, bias is not None))
-    return weight_grad, None if bias is None else bias_grad.to(bias.dtype)
+    elif geometry.is_pointwise(weight) and grad.numel() <= FEW_PIXELS * grad.shape[1]:
+        by_pixel = [tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (grad, x)]  # (B·H·W, O), (B·H·W, C)
+        weight_grad = (by_pixel[0].t() @ by_pixel[1]).reshape(weight.shape)
+    else:
+        _, weight_grad, bias_grad = _torch_gradients(grad, x, weight, bias, geometry, (False, True, bias is not None))
+        return weight_grad, None if bias is None else bias_grad.to(bias.dtype)
+    return weight_grad, None if bias is None else grad.sum((0, 2, 3)).to(bias.dtype)
 
 
 def _torch_gradients(

@@ -10,6 +10,7 @@ differentiates, their functions are called without them.
 Shapes: B batch, C channels, H W space of x, h w space of y = ceil(H/stride), K kernel side (odd), padding K // 2.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,25 +30,23 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, bias: Tensor | 
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-    run = _forward if _alone(x) else forward_operator
-    return cast(Tensor, run(x, weight, None if bias is None else bias.to(x.dtype), stride))
+    return _run(_forward, forward_operator, x, weight, None if bias is None else bias.to(x.dtype), stride)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int) -> Tensor:
     """The gradient of x, (B, C, H, W) with `size` (H, W), from that of y."""
-    run = _input_gradient if _alone(grad) else input_gradient_operator
-    return cast(Tensor, run(grad, weight, *size, stride))
+    return _run(_input_gradient, input_gradient_operator, grad, weight, *size, stride)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     """The gradient of the kernel, (C, 1, size, size), float32 or more, from that of y."""
-    run = _weight_gradient if _alone(x) else weight_gradient_operator
-    return cast(Tensor, run(grad, x, size, stride))
+    return _run(_weight_gradient, weight_gradient_operator, grad, x, size, stride)
 
 
-def _alone(x: Tensor) -> bool:
-    """True where nobody needs the operators: no compiler, no autograd, no observer."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or watched(x))
+def _run(function: Callable[..., Tensor], operator: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    """The operator's result, by its function alone where nobody needs the operator: no compiler, autograd, observer."""
+    needed = torch.compiler.is_compiling() or torch.is_grad_enabled() or watched(x)
+    return operator(x, *others) if needed else function(x, *others)
 
 
 # ----------------------------------------------------------------------------------------------------- the operators

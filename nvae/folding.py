@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import Cell, RegularOp, SeparableOp
-from .convolutions import Conv2d
+from .convolutions import Conv2d, Geometry
 from .layers import BatchNorm
 
 
@@ -73,21 +73,35 @@ def fixed(convolution: Conv2d, *, before: BatchNorm | None = None, after: BatchN
         gain, offset = _affine(after)
         bias = bias * gain + offset
         weight = weight * gain[:, None, None, None]
-    like = convolution.weight
-    folded = Conv2d(
+    return _plain(weight, bias, geometry, like=convolution)
+
+
+@torch.no_grad()
+def composed(outer: Conv2d, inner: Conv2d) -> Conv2d:
+    """A plain convolution that is outer(inner(x)) but for what biases add; `inner` is 1×1. Worked out in float64."""
+    weight, pointwise = outer.effective_weight().double(), inner.effective_weight().double()
+    assert inner.geometry.is_pointwise(pointwise) and outer.geometry.groups == 1
+    return _plain(torch.einsum("omhw,mi->oihw", weight, pointwise[:, :, 0, 0]), None, outer.geometry, like=outer)
+
+
+def _plain(weight: Tensor, bias: Tensor | None, geometry: Geometry, *, like: Conv2d) -> Conv2d:
+    """A convolution with this kernel (O, I, k, k) as it is, on the device and in the type of another."""
+    convolution = Conv2d(
         weight.shape[1] * geometry.groups,
         weight.shape[0],
         weight.shape[2],
         stride=geometry.stride,
         dilation=geometry.dilation,
         groups=geometry.groups,
+        bias=bias is not None,
         normalised=False,
         enlarge=geometry.enlarge,
-    ).to(like)
-    assert folded.bias is not None
-    folded.weight.copy_(weight)
-    folded.bias.copy_(bias)
-    return folded.eval()
+    ).to(like.weight)
+    convolution.weight.copy_(weight)
+    if bias is not None:
+        assert convolution.bias is not None
+        convolution.bias.copy_(bias)
+    return convolution.eval()
 
 
 def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:

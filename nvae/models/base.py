@@ -234,3 +234,10 @@ def temperatures(temperature: Temperature, groups: int) -> list[float]:
         if not 0 <= value < math.inf:
             raise UserError(f"temperature: must be 0 or more, found {value}")
     return values
+
+
+def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
+    """x (K·B, C, h, w) of K draws of B images, plus y (B, C, h, w) of the images: (K·B, C, h, w)."""
+    if len(x) == len(y):
+        return x + y
+    return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)

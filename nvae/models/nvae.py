@@ -20,7 +20,7 @@ from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
 from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
-from ..folding import fold
+from ..folding import composed, fold
 from ..fusion import compile_each
 from ..latents import Normal, at_least_float32, kl_divergence
 from ..layers import BatchNorm
@@ -35,7 +35,18 @@ from ..objective import (
 )
 from ..recomputation import Recomputable
 from ..regularizers import SpectralPenalty, batch_norm_penalty
-from .base import Draw, Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
+from .base import (
+    Draw,
+    Family,
+    Metrics,
+    ModelConfig,
+    Noise,
+    Output,
+    Recomputation,
+    Temperature,
+    sum_with_each,
+    temperatures,
+)
 
 
 class NVAEConfig(ModelConfig):
@@ -192,20 +203,15 @@ class LatentGroup(nn.Module):
             raw = at_least_float32(self.posterior(tap))
             return raw if len(raw) == len(state) else raw.repeat(len(state) // len(raw), 1, 1, 1)
         if self.merged is None:
-            raw = at_least_float32(self.posterior(_sum_with_each(self.merge(state), tap)))
+            raw = at_least_float32(self.posterior(sum_with_each(self.merge(state), tap)))
         else:
-            raw = at_least_float32(_sum_with_each(self.merged(state), tap))
+            raw = at_least_float32(sum_with_each(self.merged(state), tap))
         return prior_raw + raw if self.residual_posterior else raw
 
-    @torch.no_grad()
     def fold(self) -> None:
         """For inference: P(tap + M(state)) as P(tap + M's bias), once an image, plus one convolution of the state."""
-        if self.is_first:
-            return
-        posterior, merge = self.posterior.effective_weight().double(), self.merge.effective_weight().double()
-        kernel = torch.einsum("omhw,mi->oihw", posterior, merge[:, :, 0, 0])
-        self.merged = Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], bias=False, normalised=False)
-        self.merged.to(self.merge.weight).weight.copy_(kernel)
+        if not self.is_first:
+            self.merged = composed(self.posterior, self.merge)
 
     def through_flow(self, z: Tensor) -> Tensor:
         """The posterior draw after its flow cells."""
@@ -223,13 +229,6 @@ class LatentGroup(nn.Module):
         """The decoder state (B, C, h, w) after z has entered it."""
         z = z.to(state.dtype)
         return cast(Tensor, self.combine(z if self.is_vanilla else torch.cat([state, z], dim=1)))
-
-
-def _sum_with_each(x: Tensor, y: Tensor) -> Tensor:
-    """x (K·B, C, h, w) + y (B, C, h, w), y once for each of the K parts of x."""
-    if len(x) == len(y):
-        return x + y
-    return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)
 
 
 class NVAE(Family[NVAEConfig]):
@@ -282,6 +281,11 @@ class NVAE(Family[NVAEConfig]):
         self.recompute = False
         self.register_load_state_dict_post_hook(_forget_start)  # type: ignore[no-untyped-call]
 
+    @property
+    def _latent_groups(self) -> list[LatentGroup]:
+        """Top-down."""
+        return cast("list[LatentGroup]", list(self.groups))
+
     # ------------------------------------------------------------------------------------------------- the contract
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Output:
@@ -315,7 +319,7 @@ class NVAE(Family[NVAEConfig]):
         noise = self.noise_for(n, noise)
         self.check_fit("latents", latents or (), n)
         state = self._first_state(n)
-        for g, group in enumerate(cast("list[LatentGroup]", list(self.groups))):
+        for g, group in enumerate(self._latent_groups):
             state = self._entering(g, state)
             if latents and g < len(latents):
                 z = latents[g]
@@ -365,7 +369,7 @@ class NVAE(Family[NVAEConfig]):
     def for_inference(self) -> "NVAE":
         """A copy with the weights and statistics of now, whose batch norms are part of its convolutions."""
         model = deepcopy(self).eval()
-        for group in cast("list[LatentGroup]", list(model.groups)):
+        for group in model._latent_groups:
             group.fold()
         fold(model)
         model.weights = EffectiveWeights(model)
@@ -413,8 +417,8 @@ class NVAE(Family[NVAEConfig]):
             taps.append(state)
             if (joint := self.joint_above(g)) is not None:
                 state = self.down[joint](state)
-        groups = cast("list[LatentGroup]", list(self.groups))
-        return Features(target, [group.seen(tap) for group, tap in zip(groups, reversed(taps), strict=True)])
+        seen = [group.seen(tap) for group, tap in zip(self._latent_groups, reversed(taps), strict=True)]
+        return Features(target, seen)
 
     # ---------------------------------------------------------------------------------------------------- top-down
 

@@ -23,7 +23,18 @@ from ..convolutions import Conv2d, Geometry, convolve, convolve_activated, for_a
 from ..latents import Normal, at_least_float32, kl_divergence
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
 from ..recomputation import Recomputable
-from .base import Draw, Family, Metrics, ModelConfig, Noise, Output, Recomputation, Temperature, temperatures
+from .base import (
+    Draw,
+    Family,
+    Metrics,
+    ModelConfig,
+    Noise,
+    Output,
+    Recomputation,
+    Temperature,
+    sum_with_each,
+    temperatures,
+)
 
 
 @dataclass(frozen=True)
@@ -296,8 +307,7 @@ class LatentBlock(Recomputable):
         of_state, of_tap = torch.split(posterior.weight, self.width, dim=1)
         weight, bias = torch.cat([prior.weight, of_state]), torch.cat([prior.bias, posterior.bias])
         for_prior, for_posterior = convolve_activated(for_autocast(x), weight, bias, Geometry(), "gelu").chunk(2, dim=1)
-        for_posterior = torch.unflatten(for_posterior, 0, (-1, tap.shape[0])) + convolve(tap, of_tap, None, Geometry())
-        return for_prior, for_posterior.flatten(0, 1)
+        return for_prior, sum_with_each(for_posterior, convolve(tap, of_tap, None, Geometry()))
 
     def _prior(self, x: Tensor, raw: Tensor, temperature: float = 1.0) -> tuple[Normal, Tensor]:
         """p(z) from what the prior's block says, and the state with what that adds to it."""
