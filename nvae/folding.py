@@ -2,6 +2,7 @@
 
 With fixed statistics a batch norm is one factor and one offset per channel. Before a 1×1 convolution or after any
 convolution it is part of that convolution's weight and bias; only one before an activation at a cell's start remains.
+What is then an inverted bottleneck, a separable cell or a shift cell, runs as one on a CPU (nvae/bottleneck.py).
 
 Shapes: O outputs, I inputs of a group, k kernel side.
 """
@@ -13,22 +14,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bottleneck import Bottleneck
 from .cells import Cell, RegularOp, SeparableOp
 from .convolutions import Conv2d, Geometry
+from .flows import ShiftCell
 from .layers import BatchNorm
+from .residual import SCALE
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Folds the batch norms of all cells of a model in eval mode, in place; its parameters no longer train."""
-    for cell in [module for module in model.modules() if isinstance(module, Cell)]:
-        ops = [_folded(op) if isinstance(op, SeparableOp) else op for op in cell.ops]
-        for op, following in pairwise(ops):
-            if isinstance(op, RegularOp) and isinstance(following, RegularOp) and following.norm is not None:
-                op.convolution = fixed(op.convolution, after=following.norm)
-                following.norm = None
-        cell.ops = nn.ModuleList(ops)
+    """Makes a model in eval mode one for inference, in place; its parameters no longer train."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Cell):
+            _fold_cell(module)
+            if BottleneckCell.takes(module):
+                model.set_submodule(path, BottleneckCell(module))
+        elif isinstance(module, ShiftCell):
+            model.set_submodule(path, BottleneckShiftCell(module))
     model.requires_grad_(False)
+
+
+def _fold_cell(cell: Cell) -> None:
+    ops = [_folded(op) if isinstance(op, SeparableOp) else op for op in cell.ops]
+    for op, following in pairwise(ops):
+        if isinstance(op, RegularOp) and isinstance(following, RegularOp) and following.norm is not None:
+            op.convolution = fixed(op.convolution, after=following.norm)
+            following.norm = None
+    cell.ops = nn.ModuleList(ops)
+
+
+class BottleneckCell(nn.Module):
+    """A folded cell of one depthwise-separable op."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.cell = cell
+        op = cast(FoldedSeparableOp, cell.ops[0])
+        self.bottleneck = Bottleneck(op.expand, op.spatial, op.project, gate=cell.squeeze_excite, scale=SCALE)
+
+    @staticmethod
+    def takes(cell: Cell) -> bool:
+        """Whether the folded cell is one."""
+        op = cell.ops[0]
+        return len(cell.ops) == 1 and isinstance(op, FoldedSeparableOp) and op.is_depthwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if self.bottleneck.runs_on(x):
+            return cast(Tensor, self.bottleneck(x, self.cell.skip(x)))
+        return cast(Tensor, self.cell(x))
+
+
+class BottleneckShiftCell(nn.Module):
+    """A shift cell, whose result is what came in minus that of its three convolutions."""
+
+    def __init__(self, cell: ShiftCell) -> None:
+        super().__init__()
+        self.cell = cell
+        self.bottleneck = Bottleneck(cell.expand, cell.spatial, cell.project, elu=True, scale=-1.0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, L, h, w) -> (B, L, h, w), float32 or more."""
+        return cast(Tensor, self.bottleneck(z, z) if self.bottleneck.runs_on(z) else self.cell(z))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The input that `forward` maps to z."""
+        return self.cell.inverse(z)
 
 
 class FoldedSeparableOp(nn.Module):
@@ -39,6 +91,10 @@ class FoldedSeparableOp(nn.Module):
     def __init__(self, expand: Conv2d, spatial: Conv2d, project: Conv2d) -> None:
         super().__init__()
         self.expand, self.spatial, self.project = expand, spatial, project
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.spatial.geometry.is_depthwise(self.spatial.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
