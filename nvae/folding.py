@@ -2,37 +2,55 @@
 
 With fixed statistics a batch norm is one factor and one offset per channel. Before a 1×1 convolution or after any
 convolution it is part of that convolution's weight and bias; only one before an activation at a cell's start remains.
-What is then an inverted bottleneck, a separable cell or a shift cell, runs as one on a CPU (nvae/bottleneck.py).
+On a CPU, inverted bottlenecks (separable cells, shift cells) and other convolutions are then those of nvae/inference.py.
 
 Shapes: O outputs, I inputs of a group, k kernel side.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bottleneck import Bottleneck
 from .cells import Cell, RegularOp, SeparableOp
 from .convolutions import Conv2d, Geometry
 from .flows import ShiftCell
+from .inference import Bottleneck, Convolution, available
 from .layers import BatchNorm
 from .residual import SCALE
+
+Old = TypeVar("Old", bound=nn.Module)
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
     """Makes a model in eval mode one for inference, in place; its parameters no longer train."""
-    for path, module in list(model.named_modules()):
+    for module in model.modules():
         if isinstance(module, Cell):
             _fold_cell(module)
-            if BottleneckCell.takes(module):
-                model.set_submodule(path, BottleneckCell(module))
-        elif isinstance(module, ShiftCell):
-            model.set_submodule(path, BottleneckShiftCell(module))
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and available():
+        _replace(model, Cell, BottleneckCell, BottleneckCell.fits)
+        _replace(model, ShiftCell, BottleneckShiftCell)
+        _replace(model, Conv2d, Convolution, Convolution.fits)
     model.requires_grad_(False)
+
+
+def _replace(
+    module: nn.Module,
+    kind: type[Old],
+    make: Callable[[Old], nn.Module],
+    fits: Callable[[Old], bool] = lambda old: True,
+) -> None:
+    """Puts others in the place of a module's parts of a kind; what the others were made of stays in them as it was."""
+    for name, part in module.named_children():
+        if isinstance(part, kind) and fits(part):
+            setattr(module, name, make(part))
+        elif not isinstance(part, (BottleneckCell, BottleneckShiftCell)):
+            _replace(part, kind, make, fits)
 
 
 def _fold_cell(cell: Cell) -> None:
@@ -54,14 +72,14 @@ class BottleneckCell(nn.Module):
         self.bottleneck = Bottleneck(op.expand, op.spatial, op.project, gate=cell.squeeze_excite, scale=SCALE)
 
     @staticmethod
-    def takes(cell: Cell) -> bool:
+    def fits(cell: Cell) -> bool:
         """Whether the folded cell is one."""
         op = cell.ops[0]
         return len(cell.ops) == 1 and isinstance(op, FoldedSeparableOp) and op.is_depthwise
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        if self.bottleneck.runs_on(x):
+        if self.bottleneck.takes(x):
             return cast(Tensor, self.bottleneck(x, self.cell.skip(x)))
         return cast(Tensor, self.cell(x))
 
@@ -76,7 +94,7 @@ class BottleneckShiftCell(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w), float32 or more."""
-        return cast(Tensor, self.bottleneck(z, z) if self.bottleneck.runs_on(z) else self.cell(z))
+        return cast(Tensor, self.bottleneck(z, z) if self.bottleneck.takes(z) else self.cell(z))
 
     def inverse(self, z: Tensor) -> Tensor:
         """The input that `forward` maps to z."""

@@ -4,7 +4,9 @@ Everything here is computed in at least float32. Shapes: B batch, L latent chann
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,14 @@ class Normal:
         return Normal(mean, (log_sigma.exp() + 0.01) * temperature)
 
     @staticmethod
+    def from_sum(raws: Sequence[Tensor], temperature: float = 1.0) -> "Normal":
+        """From raw parameters (B, 2L, h, w) that are summed; those of fewer images count again for the next ones."""
+        total, *others = map(at_least_float32, raws)
+        for raw in others:
+            total = sum_with_each(total, raw)
+        return Normal.from_raw(total, temperature)
+
+    @staticmethod
     def from_log_sigma(raw: Tensor, temperature: float = 1.0) -> "Normal":
         """From (B, 2L, h, w): mean m and sigma exp(l) · temperature, both unbounded (spec_vdvae, Decoder)."""
         mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
@@ -56,3 +66,31 @@ def kl_divergence(q: Normal, p: Normal) -> Tensor:
     """KL(q ‖ p) of each element in nats: ½(((μq−μp)/σp)² + (σq/σp)²) − ½ − log(σq/σp) (spec §3; paper Eq. 2)."""
     ratio = q.sigma / p.sigma
     return 0.5 * (((q.mean - p.mean) / p.sigma).square() + ratio.square()) - 0.5 - ratio.log()
+
+
+class Score(NamedTuple):
+    """What a draw costs, in nats."""
+
+    channel_kl: Tensor
+    """(B, L)."""
+    log_q: Tensor
+    """(B,)."""
+    log_p: Tensor
+    """(B,)."""
+
+
+def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Score:
+    """Of a draw from q, which a flow without log-determinant has made z, under p (spec §3).
+
+    KL is in `closed` form, where there is no flow, or else log q − log p at the draw.
+    """
+    log_q, log_p = q.log_prob(drawn), p.log_prob(z)
+    divergence = kl_divergence(q, p) if closed else log_q - log_p
+    return Score(divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3)))
+
+
+def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
+    """x (K·B, C, h, w) of K draws of B images, plus y (B, C, h, w) of the images: (K·B, C, h, w)."""
+    if len(x) == len(y):
+        return x + y
+    return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)

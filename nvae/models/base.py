@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..config import Config, UserError
-from ..latents import Normal
+from ..latents import Normal, Score
 from ..likelihoods import Likelihood, LikelihoodConfig
 
 Density = Literal["exact", "bound", "none"]
@@ -63,12 +63,7 @@ class Draw(NamedTuple):
     """(B, C, h, w), with z in it."""
     z: Tensor
     """(B, L, h, w)."""
-    channel_kl: Tensor
-    """(B, L) nats."""
-    log_q: Tensor
-    """(B,) nats, at z."""
-    log_p: Tensor
-    """(B,) nats, at z."""
+    score: Score
     posterior: Normal
     prior: Normal
 
@@ -100,9 +95,9 @@ class Output:
         return Output(
             likelihood,
             target,
-            channel_kl=[draw.channel_kl for draw in draws],
-            log_q=torch.stack([draw.log_q for draw in draws]).sum(0),
-            log_p=torch.stack([draw.log_p for draw in draws]).sum(0),
+            channel_kl=[draw.score.channel_kl for draw in draws],
+            log_q=torch.stack([draw.score.log_q for draw in draws]).sum(0),
+            log_p=torch.stack([draw.score.log_p for draw in draws]).sum(0),
             z=[draw.z for draw in draws],
             posterior=[draw.posterior for draw in draws] if distributions else [],
             prior=[draw.prior for draw in draws] if distributions else [],
@@ -234,10 +229,3 @@ def temperatures(temperature: Temperature, groups: int) -> list[float]:
         if not 0 <= value < math.inf:
             raise UserError(f"temperature: must be 0 or more, found {value}")
     return values
-
-
-def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
-    """x (K·B, C, h, w) of K draws of B images, plus y (B, C, h, w) of the images: (K·B, C, h, w)."""
-    if len(x) == len(y):
-        return x + y
-    return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)

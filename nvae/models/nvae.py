@@ -6,7 +6,7 @@ between the image and its latents.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -20,9 +20,10 @@ from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
 from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
+from .. import inference
 from ..folding import composed, fold
 from ..fusion import compile_each
-from ..latents import Normal, at_least_float32, kl_divergence
+from ..latents import Normal, Score, at_least_float32, score, sum_with_each
 from ..layers import BatchNorm
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
 from ..objective import (
@@ -44,7 +45,6 @@ from .base import (
     Output,
     Recomputation,
     Temperature,
-    sum_with_each,
     temperatures,
 )
 
@@ -167,28 +167,30 @@ class LatentGroup(nn.Module):
             self.prior = Conv2d(decoder, 2 * latent)
         self.merged: Conv2d | None = None
         """For inference, what `posterior` makes of `merge`: one convolution of the decoder state."""
+        self.normal: Callable[..., Normal] = Normal.from_sum
+        self.score: Callable[..., Score] = score
 
     def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
         """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3).
 
         state (K·B, C, h, w), tap (B, …, h, w) from `seen`, noise and given (K·B, L, h, w); K any number.
         """
-        prior_raw = self.prior_raw(state)
-        p = Normal.from_raw(torch.zeros_like(noise).repeat(1, 2, 1, 1) if prior_raw is None else prior_raw)
-        q = Normal.from_raw(self.posterior_raw(tap, state, prior_raw))
+        prior_raw = self.prior_raw(state, like=noise)
+        p = self.normal([prior_raw])
+        q = self.normal(self.posterior_raws(tap, state, prior_raw))
         if given is not None:
             z, drawn = given, self.before_flow(given)
         else:
             drawn = q.draw(noise)
             z = self.through_flow(drawn)
-        log_q, log_p = q.log_prob(drawn), p.log_prob(z)
-        divergence = log_q - log_p if len(self.flow) else kl_divergence(q, p)
-        sums = divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3))
-        return Draw(self.combined(state, z), z, *sums, q, p)
+        scored = self.score(q, p, drawn, z, closed=len(self.flow) == 0)
+        return Draw(self.combined(state, z), z, scored, q, p)
 
-    def prior_raw(self, state: Tensor) -> Tensor | None:
-        """Raw prior parameters (B, 2L, h, w) from the decoder state; None, that is zeros, for the first group."""
-        return None if self.is_first else at_least_float32(self.prior(state, "elu"))
+    def prior_raw(self, state: Tensor, like: Tensor) -> Tensor:
+        """Raw prior parameters (B, 2L, h, w) from the decoder state; zeros for the first group (spec §3)."""
+        if self.is_first:
+            return torch.zeros_like(like).repeat(1, 2, 1, 1)
+        return at_least_float32(self.prior(state, "elu"))
 
     def seen(self, features: Tensor) -> Tensor:
         """What the posterior takes of the encoder's features (B, C, h, w): computed once, however many the draws."""
@@ -197,21 +199,21 @@ class LatentGroup(nn.Module):
         assert self.merge.bias is not None
         return cast(Tensor, self.posterior(features + self.merge.bias[:, None, None]))
 
-    def posterior_raw(self, tap: Tensor, state: Tensor, prior_raw: Tensor | None) -> Tensor:
-        """Raw parameters (K·B, 2L, h, w) of the posterior; residual ones add to the prior's (spec §3)."""
-        if prior_raw is None:
-            raw = at_least_float32(self.posterior(tap))
-            return raw if len(raw) == len(state) else raw.repeat(len(state) // len(raw), 1, 1, 1)
+    def posterior_raws(self, tap: Tensor, state: Tensor, prior_raw: Tensor) -> list[Tensor]:
+        """What raw parameters (K·B, 2L, h, w) of the posterior are the sum of; residual ones add to the prior's."""
+        if self.is_first:
+            return [prior_raw, self.posterior(tap)]
         if self.merged is None:
-            raw = at_least_float32(self.posterior(sum_with_each(self.merge(state), tap)))
+            raws = [self.posterior(sum_with_each(self.merge(state), tap))]
         else:
-            raw = at_least_float32(sum_with_each(self.merged(state), tap))
-        return prior_raw + raw if self.residual_posterior else raw
+            raws = [self.merged(state), tap]
+        return [prior_raw, *raws] if self.residual_posterior else raws
 
     def fold(self) -> None:
         """For inference: P(tap + M(state)) as P(tap + M's bias), once an image, plus one convolution of the state."""
         if not self.is_first:
             self.merged = composed(self.posterior, self.merge)
+        self.normal, self.score = inference.normal, inference.score
 
     def through_flow(self, z: Tensor) -> Tensor:
         """The posterior draw after its flow cells."""
@@ -324,7 +326,7 @@ class NVAE(Family[NVAEConfig]):
             if latents and g < len(latents):
                 z = latents[g]
             else:
-                z = self._prior(group, state, noise[g], scale[g]).draw(noise[g])
+                z = group.normal([group.prior_raw(state, like=noise[g])], scale[g]).draw(noise[g])
             state = group.combined(state, z)
         return self._likelihood(state)
 
@@ -376,8 +378,13 @@ class NVAE(Family[NVAEConfig]):
         return model
 
     def compile_parts(self) -> None:
-        """Compiles cells and latent groups; those of a kind share their code, so depth costs no time to compile."""
-        compile_each(module for module in self.modules() if isinstance(module, (Cell, LatentGroup)))
+        """Compiles cells and latent groups; those of a kind share their code, so depth costs no time to compile.
+
+        What runs in C++ already (nvae/inference.py) is left as it is.
+        """
+        in_cpp = any(isinstance(module, inference.Convolution) for module in self.modules())
+        kinds = (Cell,) if in_cpp else (Cell, LatentGroup)
+        compile_each(module for module in self.modules() if isinstance(module, kinds))
 
     def mark_loaded(self) -> None:
         """Loaded weights count as started from data."""
@@ -434,11 +441,6 @@ class NVAE(Family[NVAEConfig]):
             draws.append(group(self._entering(g, state), features.taps[g], noise[g], z))
             state = draws[-1].state
         return Output.of(self._likelihood(state), features.target, draws)
-
-    def _prior(self, group: LatentGroup, state: Tensor, like: Tensor, temperature: float) -> Normal:
-        raw = group.prior_raw(state)
-        raw = torch.zeros_like(like).repeat(1, 2, 1, 1) if raw is None else raw
-        return Normal.from_raw(raw, temperature)
 
     def _first_state(self, batch: int) -> Tensor:
         return self.first_state.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS
 from ..config import UserError
 from ..convolutions import Conv2d, Geometry, convolve, convolve_activated, for_autocast
-from ..latents import Normal, at_least_float32, kl_divergence
+from ..latents import Normal, at_least_float32, score, sum_with_each
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
 from ..recomputation import Recomputable
 from .base import (
@@ -32,7 +32,6 @@ from .base import (
     Output,
     Recomputation,
     Temperature,
-    sum_with_each,
     temperatures,
 )
 
@@ -287,8 +286,7 @@ class LatentBlock(Recomputable):
         q = Normal.from_log_sigma(self.posterior.reduced(for_posterior))
         p, x = self._prior(x, self.prior.reduced(for_prior))
         z = q.draw(noise) if given is None else given
-        log_q, log_p = q.log_prob(z).sum((1, 2, 3)), p.log_prob(z).sum((1, 2, 3))
-        return Draw(self._entered(x, z), z, kl_divergence(q, p).sum((2, 3)), log_q, log_p, q, p)
+        return Draw(self._entered(x, z), z, score(q, p, z, z, closed=True), q, p)
 
     def _joined(self, x: Tensor, below: Tensor | None) -> Tensor:
         """The state after the first channels of the one below, enlarged, were added."""

@@ -1,0 +1,344 @@
+"""Trained models on a CPU: convolutions and latents in C++ (nvae/kernels/inference.cpp).
+
+`Bottleneck` is wide in the middle, and never in memory there. Both the separable cells (spec §1) and the shift cells of
+flows (spec §3) are one convolution to many channels, a depthwise one and a 1×1 convolution to few, with activations
+between, added to what came in. `Convolution` is a single one with the activation before it.
+
+Taps of a kernel that are zero, as masks leave them, cost nothing. A depthwise kernel that reads its input enlarged ×2
+becomes four smaller ones, one for each phase of the output.
+
+Shapes: B images, C channels, H W space of x; E hidden channels, O outputs; k kernel side, P phases, T taps; L latent
+channels, h w space of a group.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .activations import Activation
+from .convolutions import Conv2d
+from .fusion import watched
+from .latents import Normal, Score
+from .latents import score as score_in_torch
+from .native import library
+from .residual import SqueezeExcite
+
+SOURCE = Path(__file__).parent / "kernels" / "inference.cpp"
+PADDING = 16
+"""Channels of weights are padded with zeros to a multiple of this, whatever the width of the processor's vectors."""
+WIDEST_TILE = 48
+"""Most hidden channels that are in memory at once."""
+SCRATCH = 2**20
+"""Bytes that a strip of rows may take besides weights: half of a processor's second cache."""
+MOST_TERMS = 3
+"""Of raw parameters that are summed in one pass."""
+LEAST_ROWS = 4
+"""Of a strip, where there are fewer images than processors: its neighbours read the rows at its edges, too."""
+
+
+def available() -> bool:
+    """Whether the library can be had."""
+    return library(SOURCE) is not None
+
+
+def _takes(x: Tensor) -> bool:
+    types = (torch.float32, torch.bfloat16)
+    return x.device.type == "cpu" and x.dtype in types and not torch.is_grad_enabled() and available()
+
+
+def _is_compiled(x: Tensor) -> bool:
+    """Where somebody traces or watches, functions must be operators."""
+    return torch.compiler.is_compiling() or watched(x)
+
+
+# ---------------------------------------------------------------------------------------------------------- modules
+
+
+class Convolution(nn.Module):
+    """A trained convolution at stride 1, without groups. Arithmetic is float32 whatever the type of x."""
+
+    def __init__(self, convolution: Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+        kernel, at = _taps(_kernel(convolution)[None], convolution.geometry.dilation)  # (1, T, O, C), (T, 2)
+        self.weights = [_packed(kernel[0].transpose(1, 2).flatten(0, 1)), _bias(convolution), at]
+        self.sizes = [kernel.shape[2], len(at), int(at.abs().max())]
+        self.has_fast_bfloat16 = torch.cpu._is_amx_tile_supported()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(O)."""
+        return self.convolution.bias
+
+    @staticmethod
+    def fits(convolution: Conv2d) -> bool:
+        """Whether it is such a convolution."""
+        stride, _, _, groups, enlarge = convolution.geometry
+        return stride == groups == 1 and not enlarge
+
+    def forward(self, x: Tensor, activation: Activation = "identity") -> Tensor:
+        """The convolution of act(x): (B, C, H, W) -> (B, O, H, W), in the type of x."""
+        in_hardware = x.dtype == torch.bfloat16 and self.has_fast_bfloat16
+        if activation not in ("identity", "elu") or in_hardware or not _takes(x):
+            return self.convolution(x, activation)
+        x = x.contiguous(memory_format=torch.channels_last)
+        function = convolution_operator if _is_compiled(x) else _convolution
+        out: Tensor = function(x, self.weights, [*self.sizes, int(activation == "elu")])
+        return out
+
+
+class Bottleneck(nn.Module):
+    """skip + scale · gate(y) · y, with y = project(act'(spatial(act(expand(x))))), for trained convolutions.
+
+    `elu`: act is ELU and act' ELU twice, else both are swish. The gate is that of squeeze-and-excitation, or 1.
+    Arithmetic is float32 whatever the type of x.
+    """
+
+    def __init__(
+        self,
+        expand: Conv2d,
+        spatial: Conv2d,
+        project: Conv2d,
+        *,
+        elu: bool = False,
+        gate: SqueezeExcite | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        assert project.geometry.is_pointwise(project.weight) and spatial.geometry.is_depthwise(spatial.weight)
+        assert Convolution.fits(expand)
+        self.scale = scale
+        spatial_kernel, enlarge = _kernel(spatial), spatial.geometry.enlarge
+        phases = _phases(spatial_kernel) if enlarge else spatial_kernel[None]  # (P, E, 1, k, k)
+        expanding, expand_at = _taps(_kernel(expand)[None], expand.geometry.dilation)  # (1, T, E, C), (T, 2)
+        convolving, spatial_at = _taps(phases)  # (P, T, E, 1), (T, 2)
+        projecting = _widened(_kernel(project).flatten(1).t())  # (E, O)
+        self.weights = [
+            _packed(expanding[0].transpose(1, 2).flatten(0, 1)),
+            _bias(expand),
+            _packed(convolving.flatten(2).flatten(0, 1)),
+            _bias(spatial),
+            _packed(projecting),
+            _bias(project),
+            expand_at,
+            spatial_at,
+        ]
+        if gate is not None:
+            self.weights += [parameter.detach().float().clone() for parameter in gate.parameters()]
+        self.sizes = [
+            len(projecting),
+            project.weight.shape[0],
+            spatial.geometry.stride,
+            2 if enlarge else 1,
+            len(expand_at),
+            int(expand_at.abs().max()),
+            len(spatial_at),
+            int(spatial_at.abs().max()),
+            int(elu),
+            0 if gate is None else gate.squeeze.out_features,
+        ]
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `forward` does: float32 or bfloat16, on a CPU, without gradients."""
+        return _takes(x)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x (B, C, H, W), skip (B, O, H', W') -> (B, O, H', W'), in the type of x."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        skip = skip.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        function = bottleneck_operator if _is_compiled(x) else _bottleneck
+        out: Tensor = function(x, skip, self.weights, self.sizes, self.scale)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------- latents
+
+
+def normal(raws: Sequence[Tensor], temperature: float = 1.0) -> Normal:
+    """`Normal.from_sum`, in one pass."""
+    if _is_compiled(raws[0]) or not (len(raws) <= MOST_TERMS and all(map(_takes, raws))):
+        return Normal.from_sum(raws, temperature)
+    images, channels, height, width = raws[0].shape
+    raws = [raw.contiguous(memory_format=torch.channels_last) for raw in raws]
+    mean, sigma = (_empty_for(raws[0], channels // 2, torch.float32) for _ in range(2))
+    missing = MOST_TERMS - len(raws)
+    repeated = [*map(len, raws), *[1] * missing]
+    bfloat16 = [*(int(raw.dtype == torch.bfloat16) for raw in raws), *[0] * missing]
+    integers = (images, height * width, channels // 2, len(raws), *repeated, *bfloat16, torch.get_num_threads())
+    addresses = _addresses(*raws, *[None] * missing, mean, sigma)
+    _made().normal(ctypes.byref(_NormalStruct(*integers, temperature, *addresses)))
+    return Normal(mean, sigma)
+
+
+def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Score:
+    """`latents.score`, in one pass."""
+    tensors = [q.mean, q.sigma, p.mean, p.sigma, drawn, z]
+    if _is_compiled(z) or not all(_takes(tensor) and tensor.dtype == torch.float32 for tensor in tensors):
+        return score_in_torch(q, p, drawn, z, closed=closed)
+    images, channels, height, width = z.shape
+    tensors = [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors]
+    sums = z.new_empty(3, images, channels)
+    integers = (images, height * width, channels, int(closed), torch.get_num_threads())
+    _made().score(ctypes.byref(_ScoreStruct(*integers, *_addresses(*tensors, *sums))))
+    return Score(sums[0], sums[1].sum(1), sums[2].sum(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def _kernel(convolution: Conv2d) -> Tensor:
+    """(O, C/groups, k, k), float64."""
+    return convolution.effective_weight().detach().double().cpu()
+
+
+def _bias(convolution: Conv2d) -> Tensor:
+    bias = convolution.weight.new_zeros(len(convolution.weight)) if convolution.bias is None else convolution.bias
+    return _widened(bias.detach().float().cpu())
+
+
+def _widened(matrix: Tensor) -> Tensor:
+    """With zeros after the first axis, to a multiple of PADDING."""
+    missing = -len(matrix) % PADDING
+    return torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])])
+
+
+def _packed(matrix: Tensor) -> Tensor:
+    """(depth, channels) in the order that the C++ functions read it in."""
+    matrix = _widened(matrix.t()).t().float().contiguous()
+    packed = torch.empty_like(matrix)
+    depth, channels = (ctypes.c_int64(size) for size in matrix.shape)
+    _made().pack(ctypes.c_void_p(matrix.data_ptr()), depth, channels, ctypes.c_void_p(packed.data_ptr()))
+    return packed
+
+
+def _phases(kernel: Tensor) -> Tensor:
+    """(E, 1, k, k) on an enlarged input as (4, E, 1, k', k') on the input itself, one for each phase (row, column).
+
+    Output row 2h + a sees enlarged row 2h + a + i, which is row h + floor((a + i)/2) of the input.
+    """
+    size = kernel.shape[-1]
+    reach = (size // 2 + 1) // 2
+    sums = kernel.new_zeros(2, 2 * reach + 1, size)
+    for phase in range(2):
+        for i in range(size):
+            sums[phase, (phase + i - size // 2) // 2 + reach, i] = 1
+    return torch.einsum("api,bqj,ecij->abecpq", sums, sums, kernel).flatten(0, 1)
+
+
+def _taps(kernels: Tensor, dilation: int = 1) -> tuple[Tensor, Tensor]:
+    """Of (P, O, C, k, k) those taps that are not zero everywhere: (P, T, O, C), and their offsets (T, 2) in pixels."""
+    at = kernels.ne(0).any(2).any(1).any(0).nonzero().contiguous()
+    return kernels[..., at[:, 0], at[:, 1]].permute(0, 3, 1, 2), (at - kernels.shape[-1] // 2) * dilation
+
+
+# --------------------------------------------------------------------------------------------------- the C++ functions
+
+
+def _made() -> ctypes.CDLL:
+    made = library(SOURCE)
+    assert made is not None
+    return made
+
+
+def _structure(name: str, integers: str, floats: str, pointers: str) -> type[ctypes.Structure]:
+    """A struct of nvae/kernels/inference.cpp: its int64_t, then its float, then its pointers."""
+    kinds = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+_ConvolutionStruct = _structure(
+    "Convolution",
+    "images height width inputs outputs taps reach elu bfloat16 strips threads",
+    "",
+    "weight bias at x out",
+)
+_BottleneckStruct = _structure(
+    "Bottleneck",
+    "images height width inputs hidden outputs stride enlarge expand_taps expand_reach spatial_taps spatial_reach "
+    "elu squeezed bfloat16 strips threads",
+    "scale",
+    "expand expand_bias spatial spatial_bias project project_bias expand_at spatial_at "
+    "squeeze squeeze_bias excite excite_bias x skip out",
+)
+_NormalStruct = _structure(
+    "Normal",
+    "images pixels channels terms repeated0 repeated1 repeated2 bfloat16_0 bfloat16_1 bfloat16_2 threads",
+    "temperature",
+    "raw0 raw1 raw2 mean sigma",
+)
+_ScoreStruct = _structure(
+    "Score",
+    "images pixels channels closed threads",
+    "",
+    "q_mean q_sigma p_mean p_sigma drawn z divergence log_q log_p",
+)
+
+
+def _strips(images: int, rows: int, row_bytes: int, reach: int, threads: int) -> int:
+    """Into how many an image is cut: each fits the cache, and no processor is without one."""
+    fitting = max(SCRATCH // row_bytes - 2 * reach, LEAST_ROWS)
+    return max(-(-rows // fitting), min(-(-threads // images), rows // LEAST_ROWS), 1)
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _convolution(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    images, inputs, height, width = x.shape
+    outputs, _, reach, _ = sizes
+    threads = torch.get_num_threads()
+    out = _empty_for(x, outputs, x.dtype)
+    strips = _strips(images, height, 4 * (width + 2 * reach) * inputs, reach, threads)
+    integers = (images, height, width, inputs, *sizes, int(x.dtype == torch.bfloat16), strips, threads)
+    _made().convolution(ctypes.byref(_ConvolutionStruct(*integers, *_addresses(*weights, x, out))))
+    return out
+
+
+def _bottleneck(x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float) -> Tensor:
+    images, inputs, height, width = x.shape
+    _, outputs, stride, enlarge, _, expand_reach, _, spatial_reach, _, squeezed = sizes
+    rows, columns = -(-height // stride), -(-width // stride)
+    threads = torch.get_num_threads()
+    out = torch.empty_like(skip)
+    assert out.shape == (images, outputs, rows * enlarge, columns * enlarge)
+    row_bytes = 4 * ((width + 2 * expand_reach) * inputs + (width + 2 * spatial_reach) * WIDEST_TILE) * stride
+    strips = _strips(images, rows, row_bytes, expand_reach + spatial_reach, threads)
+    integers = (images, height, width, inputs, *sizes, int(x.dtype == torch.bfloat16), strips, threads)
+    gate = weights[8:] if squeezed else [None] * 4
+    addresses = _addresses(*weights[:8], *gate, x, skip, out)
+    _made().bottleneck(ctypes.byref(_BottleneckStruct(*integers, scale, *addresses)))
+    return out
+
+
+def _empty_for(x: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+    shape = (x.shape[0], outputs, *x.shape[2:])
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("nvae::inference_convolution", mutates_args=())
+def convolution_operator(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """See `Convolution`; opaque to torch.compile."""
+    return _convolution(x, weights, sizes)
+
+
+@torch.library.custom_op("nvae::inference_bottleneck", mutates_args=())
+def bottleneck_operator(
+    x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float
+) -> Tensor:
+    """See `Bottleneck`; opaque to torch.compile."""
+    return _bottleneck(x, skip, weights, sizes, scale)
+
+
+@convolution_operator.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    return _empty_for(x, sizes[0], x.dtype)
+
+
+@bottleneck_operator.register_fake
+def _(x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float) -> Tensor:
+    return torch.empty_like(skip)
