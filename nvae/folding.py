@@ -2,7 +2,7 @@
 
 With fixed statistics a batch norm is one factor and one offset per channel. Before a 1×1 convolution or after any
 convolution it is part of that convolution's weight and bias; only one before an activation at a cell's start remains.
-On a CPU, inverted bottlenecks (separable cells, shift cells) and other convolutions are then those of nvae/inference.py.
+On a CPU, separable cells, shift cells and other convolutions are then run by nvae/inference.py.
 
 Shapes: O outputs, I inputs of a group, k kernel side.
 """
@@ -45,11 +45,11 @@ def _replace(
     make: Callable[[Old], nn.Module],
     fits: Callable[[Old], bool] = lambda old: True,
 ) -> None:
-    """Puts others in the place of a module's parts of a kind; what the others were made of stays in them as it was."""
+    """Puts others in the place of a module's parts of a kind. What is inside a bottleneck stays as it is."""
     for name, part in module.named_children():
         if isinstance(part, kind) and fits(part):
             setattr(module, name, make(part))
-        elif not isinstance(part, (BottleneckCell, BottleneckShiftCell)):
+        elif not isinstance(part, (FoldedSeparableOp, ShiftCell)):
             _replace(part, kind, make, fits)
 
 

@@ -14,6 +14,7 @@ channels, h w space of a group.
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ LEAST_ROWS = 4
 """Of a strip, where there are fewer images than processors: its neighbours read the rows at its edges, too."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
     """Whether the library can be had."""
     return library(SOURCE) is not None
@@ -58,7 +60,10 @@ def _is_compiled(x: Tensor) -> bool:
 
 
 class Convolution(nn.Module):
-    """A trained convolution at stride 1, without groups. Arithmetic is float32 whatever the type of x."""
+    """A trained convolution at stride 1, without groups. Arithmetic is float32 whatever the type of x.
+
+    PyTorch's own is used for other activations than ELU, and for bfloat16 on processors that multiply matrices of it.
+    """
 
     def __init__(self, convolution: Conv2d) -> None:
         super().__init__()
@@ -66,7 +71,7 @@ class Convolution(nn.Module):
         kernel, at = _taps(_kernel(convolution)[None], convolution.geometry.dilation)  # (1, T, O, C), (T, 2)
         self.weights = [_packed(kernel[0].transpose(1, 2).flatten(0, 1)), _bias(convolution), at]
         self.sizes = [kernel.shape[2], len(at), int(at.abs().max())]
-        self.has_fast_bfloat16 = torch.cpu._is_amx_tile_supported()
+        self.multiplies_bfloat16 = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
     @property
     def bias(self) -> Tensor | None:
@@ -81,9 +86,9 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, activation: Activation = "identity") -> Tensor:
         """The convolution of act(x): (B, C, H, W) -> (B, O, H, W), in the type of x."""
-        in_hardware = x.dtype == torch.bfloat16 and self.has_fast_bfloat16
-        if activation not in ("identity", "elu") or in_hardware or not _takes(x):
-            return self.convolution(x, activation)
+        better_in_torch = x.dtype == torch.bfloat16 and self.multiplies_bfloat16  # several times float32's rate
+        if activation not in ("identity", "elu") or better_in_torch or not _takes(x):
+            return cast(Tensor, self.convolution(x, activation))
         x = x.contiguous(memory_format=torch.channels_last)
         function = convolution_operator if _is_compiled(x) else _convolution
         out: Tensor = function(x, self.weights, [*self.sizes, int(activation == "elu")])

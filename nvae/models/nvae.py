@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from .. import inference
 from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
 from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
-from .. import inference
 from ..folding import composed, fold
 from ..fusion import compile_each
 from ..latents import Normal, Score, at_least_float32, score, sum_with_each

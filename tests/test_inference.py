@@ -1,0 +1,252 @@
+"""Convolutions and latents in C++ against PyTorch's in float64, on vectors of each width that this processor has."""
+
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nvae import inference, latents, native
+from nvae.convolutions import Conv2d
+from nvae.flows import ShiftCell
+from nvae.inference import Bottleneck, Convolution
+from nvae.latents import Normal
+from nvae.layers import SqueezeExcite
+from nvae.models.nvae import NVAE, NVAEConfig
+
+pytestmark = pytest.mark.skipif(not inference.available(), reason="no C++ compiler")
+
+PROCESSORS = ["native"]
+if platform.machine() == "x86_64":
+    PROCESSORS += ["x86-64"] + ["haswell"] * (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is the one for that processor: vectors of 16, 4 and 8 numbers."""
+    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("native", request.param) for flag in native.FLAGS))
+    made = native.library.__wrapped__(inference.SOURCE)
+    assert made is not None
+    monkeypatch.setattr(inference, "_made", lambda: made)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    """Only then are the C++ functions used."""
+    with torch.no_grad():
+        yield
+
+
+def assert_close(found: Tensor, expected: Tensor, error: float = 1e-6) -> None:
+    """To an error relative to the largest value, or to 1."""
+    assert found.shape == expected.shape
+    assert float((found.double() - expected.double()).abs().max()) <= error * max(float(expected.abs().max()), 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------- bottlenecks
+
+BOTTLENECKS: dict[str, dict[str, Any]] = {
+    "a cell of the decoder": {"channels": (16, 96, 16), "size": (16, 16), "gated": True},
+    "enlarging": {"channels": (16, 48, 8), "size": (8, 8), "enlarge": True, "gated": True},
+    "enlarging, 11 by 11": {"channels": (4, 24, 2), "size": (5, 6), "kernel": 11, "enlarge": True},
+    "enlarging, 3 by 3": {"channels": (4, 24, 2), "size": (5, 6), "kernel": 3, "enlarge": True},
+    "halving": {"channels": (6, 36, 12), "size": (9, 7), "stride": 2, "gated": True},
+    "odd everywhere": {"channels": (3, 17, 5), "size": (13, 11), "gated": True},
+    "one pixel": {"channels": (4, 24, 4), "size": (1, 1), "gated": True},
+    "more than the cache holds": {"channels": (8, 48, 8), "size": (96, 192), "gated": True},
+}
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("kind", BOTTLENECKS)
+def test_a_bottleneck_is_its_three_convolutions(kind: str, images: int) -> None:
+    options = {"kernel": 5, "stride": 1, "enlarge": False, "gated": False} | BOTTLENECKS[kind]
+    inputs, hidden, outputs = options["channels"]
+    geometry = {"stride": options["stride"], "enlarge": options["enlarge"]}
+    expand = Conv2d(inputs, hidden, normalised=False).double()
+    spatial = Conv2d(hidden, hidden, options["kernel"], groups=hidden, normalised=False, **geometry).double()
+    project = Conv2d(hidden, outputs, normalised=False).double()
+    gate = SqueezeExcite(outputs).double() if options["gated"] else None
+    x = torch.randn(images, inputs, *options["size"], dtype=torch.double)
+    y = project(F.silu(spatial(F.silu(expand(x)))))
+    skip = torch.randn_like(y)
+    expected = skip + 0.1 * y if gate is None else gate(skip, y)
+    bottleneck = Bottleneck(expand, spatial, project, gate=gate, scale=0.1)
+    assert_close(bottleneck(x.float(), skip.float()), expected)
+    in_half = bottleneck(x.bfloat16(), skip.bfloat16())
+    assert in_half.dtype == torch.bfloat16
+    assert_close(in_half, expected, error=2**-7)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_shift_cell_is_one_without_its_masked_taps(mirrored: bool) -> None:
+    cell = ShiftCell(5, mirrored)
+    bottleneck = Bottleneck(cell.expand, cell.spatial, cell.project, elu=True, scale=-1.0)
+    z = torch.randn(2, 5, 8, 8)
+    assert_close(bottleneck(z, z), cell.double()(z.double()))
+    assert [len(taps) for taps in bottleneck.weights[6:8]] == [5, 13]  # of 9 and 25
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing_but_rounding(threads: int) -> None:
+    """Fewer images than threads are cut into strips, whose edges overlap."""
+    expand, project = Conv2d(8, 48, normalised=False), Conv2d(48, 8, normalised=False)
+    spatial = Conv2d(48, 48, 5, groups=48, normalised=False)
+    bottleneck = Bottleneck(expand, spatial, project, gate=SqueezeExcite(8))
+    x, before = torch.randn(1, 8, 16, 16), torch.get_num_threads()
+    found = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        found.append(bottleneck(x, x))
+    torch.set_num_threads(before)
+    assert_close(found[1], found[0])
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    cell = ShiftCell(3, mirrored=False)
+    bottleneck = Bottleneck(cell.expand, cell.spatial, cell.project, elu=True)
+    z = torch.randn(1, 3, 8, 8)
+    z[0, 0, 2, 2] = torch.nan
+    assert bool(bottleneck(z, torch.zeros_like(z)).isnan().any())
+
+
+@pytest.mark.parametrize("value", [-1e4, -100.0, -88.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 88.0, 100.0, 1e4])
+@pytest.mark.parametrize("elu", [False, True])
+@pytest.mark.usefixtures("processor")
+def test_activations_far_out(value: float, elu: bool) -> None:
+    """All three convolutions pass on what they get: two channels of it, and their sum in the end."""
+    spatial = Conv2d(2, 2, groups=2, normalised=False)
+    expand = Conv2d(1, 2, normalised=False)
+    project = Conv2d(2, 1, normalised=False)
+    for convolution in (expand, spatial, project):
+        convolution.weight.fill_(1.0)
+        assert convolution.bias is not None
+        convolution.bias.zero_()
+    x = torch.full((1, 1, 2, 2), value)
+    u = x.double()
+    activated = F.elu(F.elu(F.elu(u))) if elu else F.silu(F.silu(u))
+    found = Bottleneck(expand, spatial, project, elu=elu)(x, torch.zeros_like(x))
+    assert_close(found / 2, activated)
+
+
+# ---------------------------------------------------------------------------------------------- single convolutions
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("activation", ["identity", "elu"])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size", "kernel", "dilation"),
+    [(8, 40, (16, 16), 1, 1), (3, 7, (9, 11), 3, 1), (4, 16, (6, 5), 3, 2), (64, 100, (200, 130), 3, 1)],
+)
+def test_a_convolution_is_pytorchs(
+    inputs: int, outputs: int, size: tuple[int, int], kernel: int, dilation: int, activation: Any
+) -> None:
+    convolution = Conv2d(inputs, outputs, kernel, dilation=dilation)
+    ours = Convolution(convolution)
+    x = torch.randn(2, inputs, *size)
+    expected = convolution.double()(x.double(), activation)
+    # Up to 576 products, summed one after the other: rounding walks √576 steps of 2⁻²⁴ at sums of this size.
+    assert_close(ours(x, activation), expected, error=3e-6)
+    assert_close(ours(x.bfloat16(), activation), expected, error=2**-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ latents
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize(("channels", "size"), [(20, (16, 16)), (3, (2, 2)), (7, (3, 5)), (1, (1, 1))])
+def test_latents_are_pytorchs(channels: int, size: tuple[int, int]) -> None:
+    of_prior, of_state = (3 * torch.randn(6, 2 * channels, *size) for _ in range(2))
+    of_image = torch.randn(2, 2 * channels, *size)
+    for raws in ([of_prior], [of_prior, of_state, of_image], [of_prior, of_image.bfloat16()]):
+        found = inference.normal(raws, 0.7)
+        expected = Normal.from_sum([raw.double() for raw in raws], 0.7)
+        assert_close(found.mean, expected.mean)
+        assert_close(found.sigma, expected.sigma)
+    q, p = inference.normal([of_prior, of_image]), inference.normal([of_prior])
+    drawn = q.draw(torch.randn_like(q.mean))
+    z = drawn + 0.1 * torch.randn_like(drawn)
+    wide = [Normal(each.mean.double(), each.sigma.double()) for each in (q, p)]
+    for closed in (False, True):
+        found = inference.score(q, p, drawn, z, closed=closed)
+        expected = latents.score(*wide, drawn.double(), z.double(), closed=closed)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def test_decoding_and_sampling_call_no_other_convolution(tiny_config: Callable[..., NVAEConfig]) -> None:
+    """Each separable cell, each shift cell, and each convolution outside of them, is one function."""
+
+    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = NVAE(tiny_config(scales=2, flows=1, decoder_cells=2)).eval().for_inference()
+    features, noise = model.encode(torch.rand(2, 3, 8, 8)), [torch.randn(shape) for shape in model.latent_shapes(2)]
+    found: list[str] = []
+    with Count():
+        model.decode(features, noise)
+    assert not any("aten.convolution" in name or "aten.addmm" in name for name in found)
+    groups = len(model.groups)
+    cells = 2 * (groups - 1) + 1 + 1  # of all groups but the first, between the scales, post-processing
+    assert sum("inference_bottleneck" in name for name in found) == cells + 2 * groups
+    # The first group has no prior and no merge; enlarging cells have a convolution in their skips; then the head.
+    assert sum("inference_convolution" in name for name in found) == 3 * (groups - 1) + 2 + 2 + 1
+
+
+def test_compiled_it_says_the_same(tiny_config: Callable[..., NVAEConfig]) -> None:
+    model = NVAE(tiny_config(flows=1)).eval().for_inference()
+    images, noise = torch.rand(2, 3, 8, 8), [torch.randn(shape) for shape in model.latent_shapes(2)]
+    expected = model(images, noise).log_weight
+    whole = torch.compile(model, backend="aot_eager")
+    assert_close(whole(images, noise).log_weight, expected, error=1e-5)
+
+
+def test_with_gradients_or_in_float64_pytorch_does_it(tiny_config: Callable[..., NVAEConfig]) -> None:
+    model = NVAE(tiny_config(flows=1)).eval()
+    images, noise = torch.rand(2, 3, 8, 8), [torch.randn(shape) for shape in model.latent_shapes(2)]
+    expected = model(images, noise).log_weight
+    ready = model.for_inference()
+    with torch.enable_grad():
+        assert_close(ready(images, noise).log_weight, expected, error=1e-5)
+    wide = ready.double()(images.double(), [n.double() for n in noise]).log_weight
+    assert wide.dtype == torch.float64
+    assert_close(wide, expected, error=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- the library
+
+
+def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "compiles", lambda kind: False)
+    assert native.library.__wrapped__(inference.SOURCE) is None
+
+
+def test_a_source_that_does_not_compile_is_said_once_and_done_without(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "broken.cpp"
+    source.write_text("int f( {")
+    with pytest.warns(UserWarning, match=r"broken.cpp is not used.*"):
+        assert native.library.__wrapped__(source) is None
+
+
+def test_a_library_is_made_once_and_kept_where_it_can_be(tmp_path: Any, monkeypatch: Any) -> None:
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    for _ in range(2):
+        assert native.library.__wrapped__(source).answer() == 42
+    assert [file.name.split("-")[0] for file in native.cache_folder().iterdir()] == ["answer"]
+    (tmp_path / "full").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    assert native.library.__wrapped__(source).answer() == 42
