@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="compiled parts as well")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rounds", type=natural, default=5, help="turns each way takes (default: 5)")
+    parser.add_argument("--keep-memory", action="store_true", help="no page faults in any way (glibc's allocator)")
     parser.add_argument("--importance-samples", type=natural, default=10, metavar="K", help="default: 10")
     parser.add_argument("--store", type=Path, help="data: a prepared store of 256×256 images, instead of a made one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")

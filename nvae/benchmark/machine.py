@@ -1,5 +1,6 @@
 """What a machine could do at best, and how much a model asks of it."""
 
+import ctypes
 import platform
 import time
 from statistics import median
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..config import UserError
 from ..convolutions import Conv2d
 from ..models.nvae import NVAE, NVAEConfig
 from .plain import make_plain
@@ -63,3 +65,16 @@ def _processor() -> str:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def keep_memory() -> None:
+    """Lets the C library keep what is freed for the next use: memory that is new to a process costs page faults.
+
+    Raises UserError where the C library has no such setting (it is glibc's).
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        raise UserError("--keep-memory: needs glibc")
+    most_mapped, most_kept = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    library.mallopt(most_mapped, 2**30)
+    library.mallopt(most_kept, 2**31 - 1)

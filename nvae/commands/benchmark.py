@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..benchmark.extent import memory_growth, over_batches, over_groups, saved_mib_per_image, seconds_to_first_update
-from ..benchmark.machine import description, matrix_peak, training_gflop
+from ..benchmark.machine import description, keep_memory, matrix_peak, training_gflop
 from ..benchmark.stores import made_store
 from ..benchmark.timing import in_turns
 from ..benchmark.workloads import MODELS, WORK, Way, Workload
@@ -173,8 +173,10 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], Table]] = {
 def run_all(args: argparse.Namespace) -> None:
     """Prints the tables that were asked for, and writes them as JSON."""
     device = torch.device(device_type(args.device, "--device"))
+    if args.keep_memory:
+        keep_memory()
     machine = description(device)
-    figures: Figures = {"machine": machine, "model": args.model}
+    figures: Figures = {"machine": machine, "model": args.model, "keep_memory": args.keep_memory}
     print(f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}")
     for what in args.what or ACTIONS:
         lines, figures[what] = ACTIONS[what](args)
