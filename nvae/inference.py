@@ -14,7 +14,7 @@ channels, h w space of a group.
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,27 @@ def _is_compiled(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or watched(x)
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _Packed(nn.Module):
+    """Weights in the order that this processor's library reads them in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made_for = _made()._name
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.made_for != _made()._name:
+            raise ValueError("a model for inference belongs to the machine that made it; make it again from the model")
+
+
 # ---------------------------------------------------------------------------------------------------------- modules
 
 
-class Convolution(nn.Module):
+class Convolution(_Packed):
     """A trained convolution at stride 1, without groups. Arithmetic is float32 whatever the type of x.
 
     PyTorch's own is used for other activations than ELU, and for bfloat16 on processors that multiply matrices of it.
@@ -70,7 +87,7 @@ class Convolution(nn.Module):
         self.convolution = convolution
         kernel, at = _taps(_kernel(convolution)[None], convolution.geometry.dilation)  # (1, T, O, C), (T, 2)
         self.weights = [_packed(kernel[0].transpose(1, 2).flatten(0, 1)), _bias(convolution), at]
-        self.sizes = [kernel.shape[2], len(at), int(at.abs().max())]
+        self.sizes = [kernel.shape[2], len(at), _reach(at)]
         self.multiplies_bfloat16 = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
     @property
@@ -86,16 +103,16 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, activation: Activation = "identity") -> Tensor:
         """The convolution of act(x): (B, C, H, W) -> (B, O, H, W), in the type of x."""
-        better_in_torch = x.dtype == torch.bfloat16 and self.multiplies_bfloat16  # several times float32's rate
+        is_half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        better_in_torch = is_half and self.multiplies_bfloat16  # several times float32's rate
         if activation not in ("identity", "elu") or better_in_torch or not _takes(x):
             return cast(Tensor, self.convolution(x, activation))
-        x = x.contiguous(memory_format=torch.channels_last)
         function = convolution_operator if _is_compiled(x) else _convolution
         out: Tensor = function(x, self.weights, [*self.sizes, int(activation == "elu")])
         return out
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Packed):
     """skip + scale · gate(y) · y, with y = project(act'(spatial(act(expand(x))))), for trained convolutions.
 
     `elu`: act is ELU and act' ELU twice, else both are swish. The gate is that of squeeze-and-excitation, or 1.
@@ -132,16 +149,16 @@ class Bottleneck(nn.Module):
             spatial_at,
         ]
         if gate is not None:
-            self.weights += [parameter.detach().float().clone() for parameter in gate.parameters()]
+            self.weights += [parameter.detach().cpu().float().clone() for parameter in gate.parameters()]
         self.sizes = [
             len(projecting),
             project.weight.shape[0],
             spatial.geometry.stride,
             2 if enlarge else 1,
             len(expand_at),
-            int(expand_at.abs().max()),
+            _reach(expand_at),
             len(spatial_at),
-            int(spatial_at.abs().max()),
+            _reach(spatial_at),
             int(elu),
             0 if gate is None else gate.squeeze.out_features,
         ]
@@ -152,10 +169,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C, H, W), skip (B, O, H', W') -> (B, O, H', W'), in the type of x."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        skip = skip.to(x.dtype).contiguous(memory_format=torch.channels_last)
         function = bottleneck_operator if _is_compiled(x) else _bottleneck
-        out: Tensor = function(x, skip, self.weights, self.sizes, self.scale)
+        out: Tensor = function(x, skip.to(x.dtype), self.weights, self.sizes, self.scale)
         return out
 
 
@@ -167,7 +182,8 @@ def normal(raws: Sequence[Tensor], temperature: float = 1.0) -> Normal:
     if _is_compiled(raws[0]) or not (len(raws) <= MOST_TERMS and all(map(_takes, raws))):
         return Normal.from_sum(raws, temperature)
     images, channels, height, width = raws[0].shape
-    raws = [raw.contiguous(memory_format=torch.channels_last) for raw in raws]
+    assert all(raw.shape[1:] == raws[0].shape[1:] and images % max(len(raw), 1) == 0 for raw in raws)
+    raws = [_channels_last(raw) for raw in raws]
     mean, sigma = (_empty_for(raws[0], channels // 2, torch.float32) for _ in range(2))
     missing = MOST_TERMS - len(raws)
     repeated = [*map(len, raws), *[1] * missing]
@@ -184,7 +200,8 @@ def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Sc
     if _is_compiled(z) or not all(_takes(tensor) and tensor.dtype == torch.float32 for tensor in tensors):
         return score_in_torch(q, p, drawn, z, closed=closed)
     images, channels, height, width = z.shape
-    tensors = [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors]
+    assert all(tensor.shape == z.shape for tensor in tensors)
+    tensors = [_channels_last(tensor) for tensor in tensors]
     sums = z.new_empty(3, images, channels)
     integers = (images, height * width, channels, int(closed), torch.get_num_threads())
     _made().score(ctypes.byref(_ScoreStruct(*integers, *_addresses(*tensors, *sums))))
@@ -239,6 +256,11 @@ def _taps(kernels: Tensor, dilation: int = 1) -> tuple[Tensor, Tensor]:
     return kernels[..., at[:, 0], at[:, 1]].permute(0, 3, 1, 2), (at - kernels.shape[-1] // 2) * dilation
 
 
+def _reach(at: Tensor) -> int:
+    """The largest |offset|."""
+    return int(at.abs().max()) if len(at) else 0
+
+
 # --------------------------------------------------------------------------------------------------- the C++ functions
 
 
@@ -267,7 +289,7 @@ _BottleneckStruct = _structure(
     "elu squeezed bfloat16 strips threads",
     "scale",
     "expand expand_bias spatial spatial_bias project project_bias expand_at spatial_at "
-    "squeeze squeeze_bias excite excite_bias x skip out",
+    "squeeze squeeze_bias excite excite_bias x skip out y sums",
 )
 _NormalStruct = _structure(
     "Normal",
@@ -285,8 +307,8 @@ _ScoreStruct = _structure(
 
 def _strips(images: int, rows: int, row_bytes: int, reach: int, threads: int) -> int:
     """Into how many an image is cut: each fits the cache, and no processor is without one."""
-    fitting = max(SCRATCH // row_bytes - 2 * reach, LEAST_ROWS)
-    return max(-(-rows // fitting), min(-(-threads // images), rows // LEAST_ROWS), 1)
+    fitting = max(SCRATCH // max(row_bytes, 1) - 2 * reach, LEAST_ROWS)
+    return max(-(-rows // fitting), min(-(-threads // max(images, 1)), rows // LEAST_ROWS), 1)
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:
@@ -294,8 +316,10 @@ def _addresses(*tensors: Tensor | None) -> list[int | None]:
 
 
 def _convolution(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    x = _channels_last(x)
     images, inputs, height, width = x.shape
-    outputs, _, reach, _ = sizes
+    outputs, taps, reach, _ = sizes
+    assert len(weights[0]) == taps * inputs
     threads = torch.get_num_threads()
     out = _empty_for(x, outputs, x.dtype)
     strips = _strips(images, height, 4 * (width + 2 * reach) * inputs, reach, threads)
@@ -305,17 +329,24 @@ def _convolution(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> 
 
 
 def _bottleneck(x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float) -> Tensor:
+    x, skip = _channels_last(x), _channels_last(skip)
     images, inputs, height, width = x.shape
-    _, outputs, stride, enlarge, _, expand_reach, _, spatial_reach, _, squeezed = sizes
+    _, outputs, stride, enlarge, expand_taps, expand_reach, _, spatial_reach, _, squeezed = sizes
     rows, columns = -(-height // stride), -(-width // stride)
+    assert len(weights[0]) == expand_taps * inputs
+    assert skip.shape == (images, outputs, rows * enlarge, columns * enlarge)
     threads = torch.get_num_threads()
-    out = torch.empty_like(skip)
-    assert out.shape == (images, outputs, rows * enlarge, columns * enlarge)
+    out = _empty_for(skip, outputs, skip.dtype)
     row_bytes = 4 * ((width + 2 * expand_reach) * inputs + (width + 2 * spatial_reach) * WIDEST_TILE) * stride
     strips = _strips(images, rows, row_bytes, expand_reach + spatial_reach, threads)
     integers = (images, height, width, inputs, *sizes, int(x.dtype == torch.bfloat16), strips, threads)
     gate = weights[8:] if squeezed else [None] * 4
-    addresses = _addresses(*weights[:8], *gate, x, skip, out)
+    y = sums = None
+    if strips > 1 and squeezed:  # the gate waits for all strips of an image
+        padded = -(-outputs // PADDING) * PADDING
+        y = out.new_empty(images * strips * -(-rows // strips) * enlarge**2 * columns * padded, dtype=torch.float32)
+        sums = out.new_empty(images * strips * padded, dtype=torch.float32)
+    addresses = _addresses(*weights[:8], *gate, x, skip, out, y, sums)
     _made().bottleneck(ctypes.byref(_BottleneckStruct(*integers, scale, *addresses)))
     return out
 
@@ -346,4 +377,4 @@ def _(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 @bottleneck_operator.register_fake
 def _(x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float) -> Tensor:
-    return torch.empty_like(skip)
+    return _empty_for(skip, skip.shape[1], skip.dtype)

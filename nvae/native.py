@@ -29,32 +29,48 @@ def library(source: Path) -> ctypes.CDLL | None:
         return None
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    compiler = get_cpp_compiler()
-    parts = (source.read_text(encoding="utf-8"), *FLAGS, _version(compiler), _processor())
-    file = cache_folder() / f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     try:
-        return ctypes.CDLL(str(file)) if file.exists() else _compiled(compiler, source, file)
+        compiler = get_cpp_compiler()
+        parts = (source.read_text(encoding="utf-8"), *FLAGS, _version(compiler), _processor())
+        name = f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+        return _kept(name) or _compiled(compiler, source, name)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(f"{source.name} is not used, evaluation and sampling are slower: {detail}", stacklevel=2)
         return None
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: nvae/ in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvae"
+def cache_folder() -> Path | None:
+    """Where libraries are kept: nvae/ in the user's cache folder, if there is such a thing."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "nvae"
+    try:
+        return Path.home() / ".cache" / "nvae"
+    except RuntimeError:
+        return None
 
 
-def _compiled(compiler: str, source: Path, keep_as: Path) -> ctypes.CDLL:
+def _kept(name: str) -> ctypes.CDLL | None:
+    """A library made before, by this user; None where there is none that loads."""
+    folder = cache_folder()
+    with suppress(OSError):
+        if folder is not None and (folder / name).stat().st_uid == os.getuid():
+            return ctypes.CDLL(str(folder / name))
+    return None
+
+
+def _compiled(compiler: str, source: Path, name: str) -> ctypes.CDLL:
     """Several processes may do this at once: each keeps a whole file. Where none can be kept, it is made every time."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / keep_as.name
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary) / name
         command = [compiler, *FLAGS, str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        loaded = ctypes.CDLL(str(made))
-        with suppress(OSError), atomic_file(keep_as) as file:
-            file.write(made.read_bytes())
-    return loaded
+        if (folder := cache_folder()) is not None:
+            with suppress(OSError):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with atomic_file(folder / name) as file:
+                    file.write(made.read_bytes())
+        return _kept(name) or ctypes.CDLL(str(made))
 
 
 def _version(compiler: str) -> str:

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstdint>
 #include <cstring>
@@ -33,6 +34,7 @@ constexpr int VECTORS = 3, TILE = VECTORS * LANES;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline Vector load(const float* at) { return *reinterpret_cast<const Unaligned*>(at); }
@@ -41,23 +43,20 @@ inline Vector all(float value) { return value - Vector{}; }
 
 // ------------------------------------------------------------------------------------------------------- activations
 
-// 2^(factor · x) for factor · x up to 126, to 3e-7 of it: the integer part by the exponent's bits, the rest, from −½ to
-// ½, by a polynomial: 1 + v times the one of degree 4 that meets (2^v − 1)/v at Chebyshev's nodes.
+// The x of which none is beyond `low` or `high`; what is not a number stays so.
+inline Vector at_least(Vector x, float low) { return low > x ? all(low) : x; }
+inline Vector at_most(Vector x, float high) { return high < x ? all(high) : x; }
+
+// 2^(factor · x) for |factor · x| up to 126, to 3e-7 of it: the integer part by the exponent's bits, the rest, from −½
+// to ½, by a polynomial: 1 + v times the one of degree 4 that meets (2^v − 1)/v at Chebyshev's nodes.
 constexpr float POWER[] = {1.0f, 0.693147181f, 0.240223490f, 0.0555038101f, 0.00966636852f, 0.00133813025f};
 inline Vector power_of_two(Vector x, float factor) {
     const Vector ROUNDING = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to an integer
-#ifndef __AVX512F__
-    x = x * factor > -126.0f ? x : all(-126.0f / factor);
-#endif
     const Vector shifted = x * factor + ROUNDING;
-    const Vector n = shifted - ROUNDING, rest = x * factor - n;
+    const Vector rest = x * factor - (shifted - ROUNDING);
     Vector y = all(POWER[5]);
     for (int i = 4; i >= 0; --i) y = y * rest + POWER[i];
-#ifdef __AVX512F__
-    return (Vector)_mm512_scalef_ps((__m512)y, (__m512)n);
-#else
-    return (Vector)((Integers)y + ((Integers)shifted << 23));
-#endif
+    return (Vector)((Bits)y + ((Bits)shifted << 23));
 }
 
 inline Vector reciprocal(Vector x) {
@@ -76,11 +75,14 @@ struct Identity {
 };
 
 struct Swish {
-    static Vector of(Vector x) { return x * reciprocal(1.0f + power_of_two(x > -87.0f ? x : all(-87.0f), -LOG2_E)); }
+    static Vector of(Vector x) {
+        const Vector low = at_least(x, -87.0f);
+        return low * reciprocal(1.0f + power_of_two(at_most(low, 87.0f), -LOG2_E));
+    }
 };
 
 struct Elu {
-    static Vector of(Vector x) { return x < 0.0f ? power_of_two(x, LOG2_E) - 1.0f : x; }
+    static Vector of(Vector x) { return x < 0.0f ? power_of_two(at_least(x, -87.0f), LOG2_E) - 1.0f : x; }
 };
 
 struct EluTwice {
@@ -90,9 +92,8 @@ struct EluTwice {
 // log x for normal x > 0, to 2e-7 of it or of 1: the exponent, and the logarithm of a mantissa from ¾ to 1½ as
 // 2 artanh((m − 1)/(m + 1)) by its series.
 inline Vector logarithm(Vector x) {
-    const Integers THREE_QUARTERS = Integers{} + 0x3f400000;
-    const Integers exponent = ((Integers)x - THREE_QUARTERS) >> 23;
-    const Vector mantissa = (Vector)((Integers)x - (exponent << 23));
+    const Integers exponent = ((Integers)x - 0x3f400000) >> 23;
+    const Vector mantissa = (Vector)((Bits)x - ((Bits)exponent << 23));
     const Vector t = (mantissa - 1.0f) / (mantissa + 1.0f), square = t * t;
     const Vector series = 2.0f + square * (2.0f / 3 + square * (2.0f / 5 + square * (2.0f / 7 + square * (2.0f / 9))));
     return __builtin_convertvector(exponent, Vector) * 0.693147181f + t * series;
@@ -100,8 +101,7 @@ inline Vector logarithm(Vector x) {
 
 // 5 tanh(x/5) (spec §3), through (1 − e^(−2x/5)) / (1 + e^(−2x/5)).
 inline Vector soft_clamp(Vector x) {
-    x = x > -100.0f ? x : all(-100.0f);
-    const Vector power = power_of_two(x, -0.4f * LOG2_E);
+    const Vector power = power_of_two(at_most(at_least(x, -100.0f), 100.0f), -0.4f * LOG2_E);
     return 5.0f * (1.0f - power) * reciprocal(1.0f + power);
 }
 
@@ -171,6 +171,10 @@ public:
             std::free(data_);
             size_ = (size + PADDING - 1) / PADDING * PADDING;
             data_ = static_cast<float*>(std::aligned_alloc(4 * PADDING, 4 * size_));
+            if (!data_) {
+                std::fprintf(stderr, "out of memory: %lld bytes for inference\n", static_cast<long long>(4 * size_));
+                std::abort();
+            }
         }
         return data_;
     }
@@ -403,6 +407,7 @@ struct Bottleneck {
     const float *squeeze, *squeeze_bias, *excite, *excite_bias;  // (S, O), (S), (O, S), (O)
     const void *x, *skip;                   // (B, H, W, C), (B, enlarge · h, enlarge · w, O)
     void* out;                              // as skip
+    float *y, *sums;  // where images have several strips and a gate: (tasks, most numbers of a strip), (tasks, O padded)
 };
 }
 
@@ -423,7 +428,7 @@ struct Sizes {
 };
 
 struct Scratch {
-    Buffer input, hidden, spatial, y, factors;
+    Buffer input, hidden, spatial, y, sums, factors;
 };
 
 // y of a strip (phases, rows, w, O padded): every tile of the hidden channels in turn.
@@ -527,34 +532,32 @@ void add(const Bottleneck& p, const Sizes& n, const Strip& strip, const float* y
         }
 }
 
-// An image at a time; or, where images have several strips, all of their y first, then the gates and sums.
+// A strip at a time; or, where a gate waits for several strips, all of their y first, then the gates and sums.
 template <class T>
 void run(const Bottleneck& p) {
     const Sizes n(p);
     const int64_t tasks = p.images * p.strips, most = (n.h + p.strips - 1) / p.strips * n.phases * n.w * n.outputs;
-    thread_local Buffer kept_y, kept_sums;
-    float* all_y = p.strips > 1 ? kept_y.of(tasks * most) : nullptr;
-    float* all_sums = kept_sums.of(tasks * n.outputs);
 #pragma omp parallel num_threads(p.threads)
     {
         thread_local Scratch scratch;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {
             const Strip strip(task, p.strips, n.h);
-            float *y = all_y ? all_y + task * most : scratch.y.of(most), *sums = all_sums + task * n.outputs;
+            float* y = p.y ? p.y + task * most : scratch.y.of(most);
+            float* sums = p.y ? p.sums + task * n.outputs : scratch.sums.of(n.outputs);
             convolve<T>(p, n, strip, scratch, y);
             if (p.squeezed) sum(n, strip, y, sums);
-            if (all_y) continue;
+            if (p.y) continue;
             float* factors = scratch.factors.of(n.outputs);
             find_factors(p, n, sums, factors);
             add<T>(p, n, strip, y, factors);
         }
-        if (all_y) {
+        if (p.y) {
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < tasks; ++task) {
                 float* factors = scratch.factors.of(n.outputs);
-                find_factors(p, n, all_sums + task / p.strips * p.strips * n.outputs, factors);
-                add<T>(p, n, Strip(task, p.strips, n.h), all_y + task * most, factors);
+                find_factors(p, n, p.sums + task / p.strips * p.strips * n.outputs, factors);
+                add<T>(p, n, Strip(task, p.strips, n.h), p.y + task * most, factors);
             }
         }
     }
