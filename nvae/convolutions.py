@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H W space; O outputs, R = C/groups · kh · kw of a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -246,13 +246,13 @@ class EffectiveWeights:
 
     `matrices` maps a kernel shape to (N, O, R), float32, with gradient; the N convolutions of that shape are in
     `convolutions` under the same key. R runs over (kh, kw, C/groups): kernels are channels-last without a copy.
+    Convolutions inside a module of the kinds `besides` look after themselves.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, besides: tuple[type[nn.Module], ...] = ()) -> None:
         self.convolutions: dict[str, list[Conv2d]] = {}
-        for module in model.modules():
-            if isinstance(module, Conv2d):
-                self.convolutions.setdefault(self._key(module), []).append(module)
+        for convolution in _convolutions_in(model, besides):
+            self.convolutions.setdefault(self._key(convolution), []).append(convolution)
         self.matrices: dict[str, Tensor] = {}
         self._made_for: tuple[Any, ...] | None = None
 
@@ -302,12 +302,22 @@ class EffectiveWeights:
     def _state(self) -> tuple[Any, ...]:
         """What the effective weights depend on: each parameter's place and version, and autocast's type."""
         parameters = [p for c in self._all() for p in (c.weight, getattr(c, "log_gain", None)) if p is not None]
+        if not parameters:
+            return ()
         kind = parameters[0].device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return (precision, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"convolutions": self.convolutions, "matrices": {}, "_made_for": None}
+
+
+def _convolutions_in(module: nn.Module, besides: tuple[type[nn.Module], ...]) -> Iterator[Conv2d]:
+    for part in module.children():
+        if isinstance(part, Conv2d):
+            yield part
+        elif not isinstance(part, besides):
+            yield from _convolutions_in(part, besides)
 
 
 def _rows(kernels: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def fold(model: nn.Module) -> None:
     if on_cpu and available():
         _replace(model, Cell, BottleneckCell, BottleneckCell.fits)
         _replace(model, ShiftCell, BottleneckShiftCell)
-        _replace(model, Conv2d, Convolution, Convolution.fits)
+        _replace(model, Conv2d, lambda convolution: Convolution(fixed(convolution)), Convolution.fits)
     model.requires_grad_(False)
 
 
@@ -90,6 +90,7 @@ class BottleneckShiftCell(nn.Module):
     def __init__(self, cell: ShiftCell) -> None:
         super().__init__()
         self.cell = cell
+        cell.expand, cell.spatial, cell.project = map(fixed, (cell.expand, cell.spatial, cell.project))
         self.bottleneck = Bottleneck(cell.expand, cell.spatial, cell.project, elu=True, scale=-1.0)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
 from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
-from ..folding import composed, fold
+from ..folding import BottleneckCell, BottleneckShiftCell, composed, fold
 from ..fusion import compile_each
 from ..latents import Normal, Score, at_least_float32, score, sum_with_each
 from ..layers import BatchNorm
@@ -374,7 +374,7 @@ class NVAE(Family[NVAEConfig]):
         for group in model._latent_groups:
             group.fold()
         fold(model)
-        model.weights = EffectiveWeights(model)
+        model.weights = EffectiveWeights(model, besides=(BottleneckCell, BottleneckShiftCell, inference.Convolution))
         return model
 
     def compile_parts(self) -> None:
