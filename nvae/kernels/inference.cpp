@@ -275,7 +275,8 @@ inline void convolve_row(const float* origin, int64_t pitch, int64_t inputs, int
 
 // sums (M) += K taps side by side of a depthwise kernel; pixels are TILE numbers apart, taps of the weight `apart`.
 template <int K, int M>
-inline __attribute__((always_inline)) void slide(Vector (&sums)[M], const float* from, const float* weight, int64_t apart) {
+inline __attribute__((always_inline)) void slide(
+    Vector (&sums)[M], const float* from, const float* weight, int64_t apart) {
     Vector pixels[M + K - 1];
 #pragma GCC unroll 12
     for (int m = 0; m < M + K - 1; ++m) pixels[m] = load(from + m * TILE);
@@ -289,7 +290,8 @@ inline __attribute__((always_inline)) void slide(Vector (&sums)[M], const float*
 
 // As `slide` for one tap, with `stride` pixels from one output to the next.
 template <int M>
-inline __attribute__((always_inline)) void stride_over(Vector (&sums)[M], const float* from, const float* weight, int64_t stride) {
+inline __attribute__((always_inline)) void stride_over(
+    Vector (&sums)[M], const float* from, const float* weight, int64_t stride) {
     const Vector tap = load(weight);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[m] += load(from + m * stride * TILE) * tap;
@@ -306,7 +308,8 @@ inline void convolve_depthwise_row(const float* origin, int64_t pitch, int64_t w
             for (int m = 0; m < M; ++m) sums[m] = load(bias + v * LANES);
             int64_t tap = 0;
             while (tap < taps) {
-                const float* from = origin + (at[2 * tap] * pitch + at[2 * tap + 1] + column * stride) * TILE + v * LANES;
+                const int64_t pixel = at[2 * tap] * pitch + at[2 * tap + 1] + column * stride;
+                const float* from = origin + pixel * TILE + v * LANES;
                 const float* kernel = weight + (tap * N + v) * LANES;
                 const auto beside = [&](int64_t count) {
                     const int64_t last = tap + count - 1;
@@ -407,7 +410,7 @@ struct Bottleneck {
     const float *squeeze, *squeeze_bias, *excite, *excite_bias;  // (S, O), (S), (O, S), (O)
     const void *x, *skip;                   // (B, H, W, C), (B, enlarge · h, enlarge · w, O)
     void* out;                              // as skip
-    float *y, *sums;  // where images have several strips and a gate: (tasks, most numbers of a strip), (tasks, O padded)
+    float *y, *sums;  // where a gate waits for several strips: (tasks, most numbers of a strip), (tasks, O padded)
 };
 }
 
@@ -439,7 +442,8 @@ void convolve(const Bottleneck& p, const Sizes& n, const Strip& strip, Scratch& 
     const int64_t read_rows = rows + 2 * p.expand_reach, hidden_size = rows * n.hidden_pitch * TILE;
     float* input = scratch.input.of(read_rows * n.input_pitch * p.inputs);
     float *hidden = scratch.hidden.of(hidden_size), *spatial = scratch.spatial.of(n.w * TILE);
-    read<T, Identity>(p.x, p.height, p.width, p.inputs, strip.image, top - p.expand_reach, read_rows, p.expand_reach, input);
+    const int64_t first_row = top - p.expand_reach;
+    read<T, Identity>(p.x, p.height, p.width, p.inputs, strip.image, first_row, read_rows, p.expand_reach, input);
     std::fill_n(hidden, hidden_size, 0.0f);  // around the image it stays so
 
     over_tiles(p.hidden, [&](auto vectors, int64_t channel) {
@@ -623,12 +627,16 @@ void score(const Score& p, int64_t image, Buffer& scratch) {
     float *differences = scratch.of(3 * few), *q_densities = differences + few, *p_densities = q_densities + few;
     std::fill_n(differences, 3 * few, 0.0f);  // (FEW, channels) each
     for (int64_t first = 0; first < p.pixels; first += FEW) {
-        const int64_t offset = (image * p.pixels + first) * p.channels, size = std::min(FEW, p.pixels - first) * p.channels;
+        const int64_t offset = (image * p.pixels + first) * p.channels;
+        const int64_t size = std::min(FEW, p.pixels - first) * p.channels;
         for (int64_t i = 0; i < size; i += LANES) {
             const int64_t at = offset + i, count = size - i;
-            const Vector q_mean = load_some(p.q_mean + at, count, 0.0f), q_sigma = load_some(p.q_sigma + at, count, 1.0f);
-            const Vector p_mean = load_some(p.p_mean + at, count, 0.0f), p_sigma = load_some(p.p_sigma + at, count, 1.0f);
-            const Vector log_q_sigma = logarithm(q_sigma), log_p_sigma = logarithm(p_sigma), per_p = reciprocal(p_sigma);
+            const Vector q_mean = load_some(p.q_mean + at, count, 0.0f);
+            const Vector p_mean = load_some(p.p_mean + at, count, 0.0f);
+            const Vector q_sigma = load_some(p.q_sigma + at, count, 1.0f);
+            const Vector p_sigma = load_some(p.p_sigma + at, count, 1.0f);
+            const Vector log_q_sigma = logarithm(q_sigma), log_p_sigma = logarithm(p_sigma);
+            const Vector per_p = reciprocal(p_sigma);
             const Vector q_noise = (load_some(p.drawn + at, count, 0.0f) - q_mean) * reciprocal(q_sigma);
             const Vector p_noise = (load_some(p.z + at, count, 0.0f) - p_mean) * per_p;
             const Vector q_density = -0.5f * q_noise * q_noise - HALF_LOG_2PI - log_q_sigma;
