@@ -1,5 +1,5 @@
 // Convolutions for inference on a CPU (nvae/inference.py says what they compute): single ones with an activation before
-// them, and inverted bottlenecks, which are a convolution to many channels, a depthwise one and a 1×1 convolution to few
+// them, and inverted bottlenecks: a convolution to many channels, a depthwise one and a 1×1 convolution to few channels,
 // with activations between and a gated sum at the end (spec §1 and §3).
 //
 // What is between a bottleneck's convolutions never reaches memory: of a strip of rows, a tile of the many channels is
@@ -690,7 +690,7 @@ void bottleneck(const Bottleneck* problem) {
         run<float>(*problem);
 }
 
-// (depth, channels) -> tile after tile of the channels, each (depth, channels of the tile); channels are padded already.
+// (depth, channels) -> tile after tile of the channels, each (depth, channels of the tile); channels come padded.
 void pack(const float* from, int64_t depth, int64_t channels, float* to) {
     over_tiles(channels, [&](auto vectors, int64_t channel) {
         for (int64_t k = 0; k < depth; ++k, to += vectors * LANES)
