@@ -78,10 +78,11 @@ def fused(*, dynamic: bool, least: int = WORTH_COMPILING) -> Callable[[Callable[
 
 
 def _kind(argument: object) -> object:
-    """What a compiled function may depend on in an argument."""
+    """What a compiled function may depend on in an argument: of a view, also what it is a view of."""
     if not isinstance(argument, Tensor):
         return argument
-    return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
+    base = None if argument._base is None else (argument._base.shape, argument._base.stride())
+    return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad, base
 
 
 def watched(x: Tensor) -> bool:
