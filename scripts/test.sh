@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv if needed, then lint, types and tests: some 9 minutes on 2 cores.
+# Makes .venv if needed, then lint, types and tests: 10 to 20 minutes on 2 cores.
 #   bash scripts/test.sh            what every change must pass
 #   bash scripts/test.sh --full     the slow tests as well, up to an hour
 # Further arguments go to pytest.
