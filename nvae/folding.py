@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .cells import Cell, RegularOp, SeparableOp
 from .convolutions import Conv2d, Geometry
 from .flows import ShiftCell
-from .inference import Bottleneck, Convolution, available
+from .inference import Bottleneck, Convolution, available, takes
 from .layers import BatchNorm
 from .residual import SCALE
 
@@ -79,7 +79,7 @@ class BottleneckCell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        if self.bottleneck.takes(x):
+        if takes(x):
             return cast(Tensor, self.bottleneck(x, self.cell.skip(x)))
         return cast(Tensor, self.cell(x))
 
@@ -95,11 +95,15 @@ class BottleneckShiftCell(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w), float32 or more."""
-        return cast(Tensor, self.bottleneck(z, z) if self.bottleneck.takes(z) else self.cell(z))
+        return cast(Tensor, self.bottleneck(z, z) if takes(z) else self.cell(z))
 
     def inverse(self, z: Tensor) -> Tensor:
         """The input that `forward` maps to z."""
         return self.cell.inverse(z)
+
+
+IN_CPP = (BottleneckCell, BottleneckShiftCell, Convolution)
+"""The parts of a folded model that hold their own weights for the C++ functions."""
 
 
 class FoldedSeparableOp(nn.Module):

@@ -46,7 +46,8 @@ def available() -> bool:
     return library(SOURCE) is not None
 
 
-def _takes(x: Tensor) -> bool:
+def takes(x: Tensor) -> bool:
+    """Whether the library does: float32 or bfloat16, on a CPU, without gradients."""
     types = (torch.float32, torch.bfloat16)
     return x.device.type == "cpu" and x.dtype in types and not torch.is_grad_enabled() and available()
 
@@ -105,7 +106,7 @@ class Convolution(_Packed):
         """The convolution of act(x): (B, C, H, W) -> (B, O, H, W), in the type of x."""
         is_half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
         better_in_torch = is_half and self.multiplies_bfloat16  # several times float32's rate
-        if activation not in ("identity", "elu") or better_in_torch or not _takes(x):
+        if activation not in ("identity", "elu") or better_in_torch or not takes(x):
             return cast(Tensor, self.convolution(x, activation))
         function = convolution_operator if _is_compiled(x) else _convolution
         out: Tensor = function(x, self.weights, [*self.sizes, int(activation == "elu")])
@@ -163,12 +164,8 @@ class Bottleneck(_Packed):
             0 if gate is None else gate.squeeze.out_features,
         ]
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether `forward` does: float32 or bfloat16, on a CPU, without gradients."""
-        return _takes(x)
-
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """x (B, C, H, W), skip (B, O, H', W') -> (B, O, H', W'), in the type of x."""
+        """x (B, C, H, W), which `takes` must allow, skip (B, O, H', W') -> (B, O, H', W'), in the type of x."""
         function = bottleneck_operator if _is_compiled(x) else _bottleneck
         out: Tensor = function(x, skip.to(x.dtype), self.weights, self.sizes, self.scale)
         return out
@@ -179,7 +176,7 @@ class Bottleneck(_Packed):
 
 def normal(raws: Sequence[Tensor], temperature: float = 1.0) -> Normal:
     """`Normal.from_sum`, in one pass."""
-    if _is_compiled(raws[0]) or not (len(raws) <= MOST_TERMS and all(map(_takes, raws))):
+    if _is_compiled(raws[0]) or not (len(raws) <= MOST_TERMS and all(map(takes, raws))):
         return Normal.from_sum(raws, temperature)
     images, channels, height, width = raws[0].shape
     assert all(raw.shape[1:] == raws[0].shape[1:] and images % max(len(raw), 1) == 0 for raw in raws)
@@ -197,7 +194,7 @@ def normal(raws: Sequence[Tensor], temperature: float = 1.0) -> Normal:
 def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Score:
     """`latents.score`, in one pass."""
     tensors = [q.mean, q.sigma, p.mean, p.sigma, drawn, z]
-    if _is_compiled(z) or not all(_takes(tensor) and tensor.dtype == torch.float32 for tensor in tensors):
+    if _is_compiled(z) or not all(takes(tensor) and tensor.dtype == torch.float32 for tensor in tensors):
         return score_in_torch(q, p, drawn, z, closed=closed)
     images, channels, height, width = z.shape
     assert all(tensor.shape == z.shape for tensor in tensors)

@@ -21,7 +21,7 @@ from ..cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
 from ..config import nearest
 from ..convolutions import Conv2d, EffectiveWeights
 from ..flows import FlowCell
-from ..folding import BottleneckCell, BottleneckShiftCell, composed, fold
+from ..folding import IN_CPP, composed, fold
 from ..fusion import compile_each
 from ..latents import Normal, Score, at_least_float32, score, sum_with_each
 from ..layers import BatchNorm
@@ -374,7 +374,7 @@ class NVAE(Family[NVAEConfig]):
         for group in model._latent_groups:
             group.fold()
         fold(model)
-        model.weights = EffectiveWeights(model, besides=(BottleneckCell, BottleneckShiftCell, inference.Convolution))
+        model.weights = EffectiveWeights(model, besides=IN_CPP)
         return model
 
     def compile_parts(self) -> None:
@@ -382,7 +382,7 @@ class NVAE(Family[NVAEConfig]):
 
         What runs in C++ already (nvae/inference.py) is left as it is.
         """
-        in_cpp = any(isinstance(module, inference.Convolution) for module in self.modules())
+        in_cpp = any(isinstance(module, IN_CPP) for module in self.modules())
         kinds = (Cell,) if in_cpp else (Cell, LatentGroup)
         compile_each(module for module in self.modules() if isinstance(module, kinds))
 
