@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nvae.run import command, config_help, dry_run, read_run_config, train
 
-DEFAULT = "configs/digits.yaml"
+DEFAULT = str(Path(__file__).with_name("configs") / "digits.yaml")
 
 
 def main() -> int:

@@ -88,8 +88,9 @@ def _facts(subject: Subject, active: Sequence[float]) -> dict[str, str]:
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
-    """The lines that training wrote; none for a bare checkpoint."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines that training wrote, NaN where a number was not finite; none for a bare checkpoint."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
 def _chart(lines: Sequence[Mapping[str, float]], title: str, unit: str, names: Mapping[str, str]) -> Chart:
@@ -107,7 +108,7 @@ def _groups(
     """KL and active units of each group: as evaluated last, else as logged last in training."""
     if bounds:
         return bounds[-1]["kl_per_group"], bounds[-1]["active_units_per_group"]
-    last = next((line for line in reversed(lines) if "kl_group/00" in line), {})
+    last = next((line for line in reversed(lines) if math.isfinite(line.get("kl_group/00", math.nan))), {})
     return _numbered(last, "kl_group"), _numbered(last, "active_units")
 
 
