@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -247,3 +248,15 @@ def test_the_page_of_a_run_shows_all_there_is(run: Path) -> None:
 def test_a_new_run_has_a_page_too(run: Path) -> None:
     assert call("evaluate", run, "--report") == 0
     assert "Reconstructions" in (run / "report.html").read_text()
+
+
+def test_numbers_that_were_not_finite_leave_a_gap_in_the_page(run: Path) -> None:
+    """They are null in metrics.jsonl. The KL of groups is that of the last line which has it."""
+    kl = {"kl_group/00": 0.25, "active_units/00": 1.0}
+    lost = {"kl_group/00": None, "active_units/00": None}
+    lines = [{"step": 1, "nelbo": 40.0, **kl}, {"step": 2, "nelbo": None, **lost}, {"step": 3, "nelbo": 30.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert call("evaluate", run, "--report") == 0
+    page = re.sub(r"data:[^\"]*", "", (run / "report.html").read_text())  # pictures may spell anything
+    assert "Negative ELBO" in page and "KL of each group" in page
+    assert not re.search(r"\b(nan|None)\b", page)
