@@ -7,6 +7,10 @@ between, added to what came in. `Convolution` is a single one with the activatio
 Taps of a kernel that are zero, as masks leave them, cost nothing. A depthwise kernel that reads its input enlarged ×2
 becomes four smaller ones, one for each phase of the output.
 
+Arithmetic is float32, whatever the type of x. Where bfloat16 is asked for (as the type of x, or by autocast) and the
+processor has float16 (AVX512-FP16), products are formed in float16, which rounds eight times finer than bfloat16 and is
+twice as fast as float32; what leaves its range is computed again in float32. See nvae/kernels/vectors.h.
+
 Shapes: B images, C channels, H W space of x; E hidden channels, O outputs; k kernel side, P phases, T taps; L latent
 channels, h w space of a group.
 """
@@ -24,18 +28,22 @@ from .convolutions import Conv2d
 from .fusion import watched
 from .latents import Normal, Score
 from .latents import score as score_in_torch
-from .native import library
+from .native import library, structure
 from .residual import SqueezeExcite
 
 SOURCE = Path(__file__).parent / "kernels" / "inference.cpp"
-PADDING = 16
-"""Channels of weights are padded with zeros to a multiple of this, whatever the width of the processor's vectors."""
+PADDING = {torch.float32: 16, torch.float16: 32}
+"""Outputs of kernels are padded with zeros to a multiple of this, whatever the width of the processor's vectors."""
+MOST_PADDING = 32
+"""What all arithmetics share is padded to a multiple of this: biases, and the hidden channels that are summed over."""
 WIDEST_TILE = 48
-"""Most hidden channels that are in memory at once."""
+"""Most hidden channels that are in memory at once, in float32; in float16 twice as many of half the size."""
 SCRATCH = 2**20
 """Bytes that a strip of rows may take besides weights: half of a processor's second cache."""
 MOST_TERMS = 3
 """Of raw parameters that are summed in one pass."""
+IN_CONVOLUTIONS: tuple[Activation, ...] = ("identity", "elu", "swish")
+"""Activations that `Convolution` applies on the way in, as the C++ function numbers them."""
 LEAST_ROWS = 4
 """Of a strip, where there are fewer images than processors: its neighbours read the rows at its edges, too."""
 
@@ -52,6 +60,11 @@ def takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in types and not torch.is_grad_enabled() and available()
 
 
+def _wants_bfloat16(x: Tensor) -> bool:
+    on = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return on or x.dtype == torch.bfloat16
+
+
 def _is_compiled(x: Tensor) -> bool:
     """Where somebody traces or watches, functions must be operators."""
     return torch.compiler.is_compiling() or watched(x)
@@ -62,11 +75,22 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 class _Packed(nn.Module):
-    """Weights in the order that this processor's library reads them in."""
+    """Kernels as matrices (depth, channels), in the order that this processor's library reads them in.
 
-    def __init__(self) -> None:
+    `in_float16` is empty where the processor has no float16, or where it would not do for these kernels.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor]) -> None:
         super().__init__()
         self.made_for = _made()._name
+        self.in_float32 = [_packed(matrix, torch.float32) for matrix in matrices]
+        self.in_float16: list[Tensor] = []
+        if _made().has_float16() and all(map(_suits_float16, matrices)):
+            self.in_float16 = [_packed(matrix, torch.float16) for matrix in matrices]
+
+    def kernels(self, x: Tensor) -> list[Tensor]:
+        """In float32 and, where they are for x, in float16."""
+        return [*self.in_float32, *self.in_float16] if _wants_bfloat16(x) else self.in_float32
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -78,16 +102,17 @@ class _Packed(nn.Module):
 
 
 class Convolution(_Packed):
-    """A trained convolution at stride 1, without groups. Arithmetic is float32 whatever the type of x.
+    """A trained convolution at stride 1, without groups.
 
-    PyTorch's own is used for other activations than ELU, and for bfloat16 on processors that multiply matrices of it.
+    PyTorch's own is used for other activations than `IN_CONVOLUTIONS`, and for bfloat16 on processors that multiply
+    matrices of it.
     """
 
     def __init__(self, convolution: Conv2d) -> None:
-        super().__init__()
-        self.convolution = convolution
         kernel, at = _taps(_kernel(convolution)[None], convolution.geometry.dilation)  # (1, T, O, C), (T, 2)
-        self.weights = [_packed(kernel[0].transpose(1, 2).flatten(0, 1)), _bias(convolution), at]
+        super().__init__([kernel[0].transpose(1, 2).flatten(0, 1)])
+        self.convolution = convolution
+        self.others = [_bias(convolution), at]
         self.sizes = [kernel.shape[2], len(at), _reach(at)]
         self.multiplies_bfloat16 = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
@@ -102,14 +127,17 @@ class Convolution(_Packed):
         stride, _, _, groups, enlarge = convolution.geometry
         return stride == groups == 1 and not enlarge
 
-    def forward(self, x: Tensor, activation: Activation = "identity") -> Tensor:
-        """The convolution of act(x): (B, C, H, W) -> (B, O, H, W), in the type of x."""
-        is_half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-        better_in_torch = is_half and self.multiplies_bfloat16  # several times float32's rate
-        if activation not in ("identity", "elu") or better_in_torch or not takes(x):
-            return cast(Tensor, self.convolution(x, activation))
+    def forward(self, x: Tensor, activation: Activation = "identity", *, other: Tensor | None = None) -> Tensor:
+        """The convolution of act(x): (B, C, H, W) -> (B, O, H, W), in the type of x.
+
+        With another tensor (B, C', H, W), that of both side by side: their channels are the convolution's.
+        """
+        better_in_torch = _wants_bfloat16(x) and self.multiplies_bfloat16  # several times float32's rate
+        if activation not in IN_CONVOLUTIONS or better_in_torch or not takes(x):
+            both = x if other is None else torch.cat([x, other.to(x.dtype)], dim=1)
+            return cast(Tensor, self.convolution(both, activation))
         function = convolution_operator if _is_compiled(x) else _convolution
-        out: Tensor = function(x, self.weights, [*self.sizes, int(activation == "elu")])
+        out: Tensor = function(x, other, self.kernels(x), self.others, [*self.sizes, IN_CONVOLUTIONS.index(activation)])
         return out
 
 
@@ -117,7 +145,6 @@ class Bottleneck(_Packed):
     """skip + scale · gate(y) · y, with y = project(act'(spatial(act(expand(x))))), for trained convolutions.
 
     `elu`: act is ELU and act' ELU twice, else both are swish. The gate is that of squeeze-and-excitation, or 1.
-    Arithmetic is float32 whatever the type of x.
     """
 
     def __init__(
@@ -130,30 +157,26 @@ class Bottleneck(_Packed):
         gate: SqueezeExcite | None = None,
         scale: float = 1.0,
     ) -> None:
-        super().__init__()
         assert project.geometry.is_pointwise(project.weight) and spatial.geometry.is_depthwise(spatial.weight)
         assert Convolution.fits(expand)
-        self.scale = scale
         spatial_kernel, enlarge = _kernel(spatial), spatial.geometry.enlarge
         phases = _phases(spatial_kernel) if enlarge else spatial_kernel[None]  # (P, E, 1, k, k)
         expanding, expand_at = _taps(_kernel(expand)[None], expand.geometry.dilation)  # (1, T, E, C), (T, 2)
         convolving, spatial_at = _taps(phases)  # (P, T, E, 1), (T, 2)
-        projecting = _widened(_kernel(project).flatten(1).t())  # (E, O)
-        self.weights = [
-            _packed(expanding[0].transpose(1, 2).flatten(0, 1)),
-            _bias(expand),
-            _packed(convolving.flatten(2).flatten(0, 1)),
-            _bias(spatial),
-            _packed(projecting),
-            _bias(project),
-            expand_at,
-            spatial_at,
-        ]
+        projecting = _widened(_kernel(project).flatten(1).t(), MOST_PADDING)  # (E, O)
+        super().__init__(
+            [
+                expanding[0].transpose(1, 2).flatten(0, 1),
+                convolving.flatten(2).flatten(0, 1),
+                projecting,
+            ]
+        )
+        self.scale = scale
+        self.others = [*map(_bias, (expand, spatial, project)), expand_at, spatial_at]
         if gate is not None:
-            self.weights += [parameter.detach().cpu().float().clone() for parameter in gate.parameters()]
+            self.others += [parameter.detach().cpu().float().clone() for parameter in gate.parameters()]
         self.sizes = [
-            len(projecting),
-            project.weight.shape[0],
+            *project.weight.shape[1::-1],
             spatial.geometry.stride,
             2 if enlarge else 1,
             len(expand_at),
@@ -167,7 +190,7 @@ class Bottleneck(_Packed):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C, H, W), which `takes` must allow, skip (B, O, H', W') -> (B, O, H', W'), in the type of x."""
         function = bottleneck_operator if _is_compiled(x) else _bottleneck
-        out: Tensor = function(x, skip.to(x.dtype), self.weights, self.sizes, self.scale)
+        out: Tensor = function(x, skip.to(x.dtype), self.kernels(x), self.others, self.sizes, self.scale)
         return out
 
 
@@ -215,21 +238,27 @@ def _kernel(convolution: Conv2d) -> Tensor:
 
 def _bias(convolution: Conv2d) -> Tensor:
     bias = convolution.weight.new_zeros(len(convolution.weight)) if convolution.bias is None else convolution.bias
-    return _widened(bias.detach().float().cpu())
+    return _widened(bias.detach().float().cpu(), MOST_PADDING)
 
 
-def _widened(matrix: Tensor) -> Tensor:
-    """With zeros after the first axis, to a multiple of PADDING."""
-    missing = -len(matrix) % PADDING
+def _widened(matrix: Tensor, multiple: int) -> Tensor:
+    """With zeros after the first axis."""
+    missing = -len(matrix) % multiple
     return torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])])
 
 
-def _packed(matrix: Tensor) -> Tensor:
+def _suits_float16(matrix: Tensor) -> bool:
+    """Whether rounding a kernel to float16 moves it no further than rounding to bfloat16 may."""
+    return float((matrix.half().double() - matrix).norm()) <= 2**-9 * float(matrix.norm())
+
+
+def _packed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """(depth, channels) in the order that the C++ functions read it in."""
-    matrix = _widened(matrix.t()).t().float().contiguous()
-    packed = torch.empty_like(matrix)
+    matrix = _widened(matrix.t(), PADDING[dtype]).t().float().contiguous()
+    packed = torch.empty(matrix.shape, dtype=dtype)
     depth, channels = (ctypes.c_int64(size) for size in matrix.shape)
-    _made().pack(ctypes.c_void_p(matrix.data_ptr()), depth, channels, ctypes.c_void_p(packed.data_ptr()))
+    pack = _made().pack if dtype == torch.float32 else _made().pack_float16
+    pack(ctypes.c_void_p(matrix.data_ptr()), depth, channels, ctypes.c_void_p(packed.data_ptr()))
     return packed
 
 
@@ -267,34 +296,27 @@ def _made() -> ctypes.CDLL:
     return made
 
 
-def _structure(name: str, integers: str, floats: str, pointers: str) -> type[ctypes.Structure]:
-    """A struct of nvae/kernels/inference.cpp: its int64_t, then its float, then its pointers."""
-    kinds = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
-    fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-_ConvolutionStruct = _structure(
+_ConvolutionStruct = structure(
     "Convolution",
-    "images height width inputs outputs taps reach elu bfloat16 strips threads",
+    "images height width inputs others outputs taps reach activation bfloat16 float16 strips threads",
     "",
-    "weight bias at x out",
+    "weight weight16 bias at x other out",
 )
-_BottleneckStruct = _structure(
+_BottleneckStruct = structure(
     "Bottleneck",
     "images height width inputs hidden outputs stride enlarge expand_taps expand_reach spatial_taps spatial_reach "
-    "elu squeezed bfloat16 strips threads",
+    "elu squeezed bfloat16 float16 strips threads",
     "scale",
-    "expand expand_bias spatial spatial_bias project project_bias expand_at spatial_at "
+    "expand expand16 spatial spatial16 project project16 expand_bias spatial_bias project_bias expand_at spatial_at "
     "squeeze squeeze_bias excite excite_bias x skip out y sums",
 )
-_NormalStruct = _structure(
+_NormalStruct = structure(
     "Normal",
     "images pixels channels terms repeated0 repeated1 repeated2 bfloat16_0 bfloat16_1 bfloat16_2 threads",
     "temperature",
     "raw0 raw1 raw2 mean sigma",
 )
-_ScoreStruct = _structure(
+_ScoreStruct = structure(
     "Score",
     "images pixels channels closed threads",
     "",
@@ -312,38 +334,55 @@ def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _convolution(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def _interleaved(kernels: Sequence[Tensor], count: int) -> list[Tensor | None]:
+    """Of `count` kernels each in float32 and, if it is there, in float16."""
+    in_float16: Sequence[Tensor | None] = kernels[count:] or [None] * count
+    return [kernel for pair in zip(kernels[:count], in_float16, strict=True) for kernel in pair]
+
+
+def _convolution(
+    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
     x = _channels_last(x)
     images, inputs, height, width = x.shape
     outputs, taps, reach, _ = sizes
-    assert len(weights[0]) == taps * inputs
+    more = 0
+    if other is not None:
+        other, more = _channels_last(other.to(x.dtype)), other.shape[1]
+        assert other.shape == (images, more, height, width)
+    assert len(kernels[0]) == taps * (inputs + more)
     threads = torch.get_num_threads()
     out = _empty_for(x, outputs, x.dtype)
-    strips = _strips(images, height, 4 * (width + 2 * reach) * inputs, reach, threads)
-    integers = (images, height, width, inputs, *sizes, int(x.dtype == torch.bfloat16), strips, threads)
-    _made().convolution(ctypes.byref(_ConvolutionStruct(*integers, *_addresses(*weights, x, out))))
+    types = (int(x.dtype == torch.bfloat16), int(len(kernels) > 1))
+    strips = _strips(images, height, 4 * (width + 2 * reach) * (inputs + more), reach, threads)
+    integers = (images, height, width, inputs, more, *sizes, *types, strips, threads)
+    addresses = _addresses(*_interleaved(kernels, 1), *others, x, other, out)
+    _made().convolution(ctypes.byref(_ConvolutionStruct(*integers, *addresses)))
     return out
 
 
-def _bottleneck(x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float) -> Tensor:
+def _bottleneck(
+    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int], scale: float
+) -> Tensor:
     x, skip = _channels_last(x), _channels_last(skip)
     images, inputs, height, width = x.shape
     _, outputs, stride, enlarge, expand_taps, expand_reach, _, spatial_reach, _, squeezed = sizes
     rows, columns = -(-height // stride), -(-width // stride)
-    assert len(weights[0]) == expand_taps * inputs
+    assert len(kernels[0]) == expand_taps * inputs
     assert skip.shape == (images, outputs, rows * enlarge, columns * enlarge)
     threads = torch.get_num_threads()
     out = _empty_for(skip, outputs, skip.dtype)
+    types = (int(x.dtype == torch.bfloat16), int(len(kernels) > 3))
     row_bytes = 4 * ((width + 2 * expand_reach) * inputs + (width + 2 * spatial_reach) * WIDEST_TILE) * stride
     strips = _strips(images, rows, row_bytes, expand_reach + spatial_reach, threads)
-    integers = (images, height, width, inputs, *sizes, int(x.dtype == torch.bfloat16), strips, threads)
-    gate = weights[8:] if squeezed else [None] * 4
+    integers = (images, height, width, inputs, *sizes, *types, strips, threads)
+    gate = others[5:] if squeezed else [None] * 4
     y = sums = None
     if strips > 1 and squeezed:  # the gate waits for all strips of an image
-        padded = -(-outputs // PADDING) * PADDING
+        padded = -(-outputs // MOST_PADDING) * MOST_PADDING
         y = out.new_empty(images * strips * -(-rows // strips) * enlarge**2 * columns * padded, dtype=torch.float32)
         sums = out.new_empty(images * strips * padded, dtype=torch.float32)
-    addresses = _addresses(*weights[:8], *gate, x, skip, out, y, sums)
+    addresses = _addresses(*_interleaved(kernels, 3), *others[:5], *gate, x, skip, out, y, sums)
     _made().bottleneck(ctypes.byref(_BottleneckStruct(*integers, scale, *addresses)))
     return out
 
@@ -354,24 +393,30 @@ def _empty_for(x: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("nvae::inference_convolution", mutates_args=())
-def convolution_operator(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def convolution_operator(
+    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
     """See `Convolution`; opaque to torch.compile."""
-    return _convolution(x, weights, sizes)
+    return _convolution(x, other, kernels, others, sizes)
 
 
 @torch.library.custom_op("nvae::inference_bottleneck", mutates_args=())
 def bottleneck_operator(
-    x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float
+    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> Tensor:
     """See `Bottleneck`; opaque to torch.compile."""
-    return _bottleneck(x, skip, weights, sizes, scale)
+    return _bottleneck(x, skip, kernels, others, sizes, scale)
 
 
 @convolution_operator.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def _(
+    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
     return _empty_for(x, sizes[0], x.dtype)
 
 
 @bottleneck_operator.register_fake
-def _(x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float) -> Tensor:
+def _(
+    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int], scale: float
+) -> Tensor:
     return _empty_for(skip, skip.shape[1], skip.dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from . import mixture
 from .config import Config
 from .fusion import fused
 from .latents import Normal, at_least_float32
@@ -200,6 +201,10 @@ class LogisticMixture(Likelihood):
     def _log_prob(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self.log_prob_of_pixels(x)
+        config = self.config
+        if config.edge == "right" and mixture.takes(self.params):
+            levels, highest = 2**config.bits - 1, 2 * highest_level(config.bits, config.grid) - 1
+            return mixture.log_prob(self.params, x, config.components, levels, highest)
         return _log_prob_in_a_pass(self.params, x, self.config, self.channels)
 
     def log_prob_of_pixels(self, x: Tensor) -> Tensor:

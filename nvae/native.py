@@ -1,7 +1,8 @@
 """C++ of our own, compiled at first use for the processor it runs on, and kept on disk.
 
-A library is a file of C functions without dependencies, called through ctypes. Its name is a hash of the source, the
-flags, the compiler and the processor, so that machines which share a home directory never run each other's code.
+A library is a file of C functions without dependencies but the headers beside it, called through ctypes. Its name is a
+hash of the source, those headers, the flags, the compiler and the processor, so that machines which share a home
+directory never run each other's code.
 """
 
 import ctypes
@@ -31,13 +32,21 @@ def library(source: Path) -> ctypes.CDLL | None:
 
     try:
         compiler = get_cpp_compiler()
-        parts = (source.read_text(encoding="utf-8"), *FLAGS, _version(compiler), _processor())
+        texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
+        parts = (*texts, *FLAGS, _version(compiler), _processor())
         name = f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
         return _kept(name) or _compiled(compiler, source, name)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(f"{source.name} is not used, evaluation and sampling are slower: {detail}", stacklevel=2)
         return None
+
+
+def structure(name: str, integers: str, floats: str, pointers: str) -> type[ctypes.Structure]:
+    """A struct of a C++ file: its int64_t, then its float, then its pointers, names between spaces."""
+    kinds = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 def cache_folder() -> Path | None:

@@ -1,13 +1,14 @@
 """Convolutions and latents in C++ against PyTorch's in float64, on vectors of each width that this processor has."""
 
-import platform
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processors import PROCESSORS, library_for, needs_compiler, needs_float16
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,19 +20,13 @@ from nvae.latents import Normal
 from nvae.layers import SqueezeExcite
 from nvae.models.nvae import NVAE, NVAEConfig
 
-pytestmark = pytest.mark.skipif(not inference.available(), reason="no C++ compiler")
-
-PROCESSORS = ["native"]
-if platform.machine() == "x86_64":
-    PROCESSORS += ["x86-64"] + ["haswell"] * (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
+pytestmark = needs_compiler
 
 
 @pytest.fixture(params=PROCESSORS)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is the one for that processor: vectors of 16, 4 and 8 numbers."""
-    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("native", request.param) for flag in native.FLAGS))
-    made = native.library.__wrapped__(inference.SOURCE)
-    assert made is not None
+    """The library is the one for that processor."""
+    made = library_for(request.param, inference.SOURCE, monkeypatch)
     monkeypatch.setattr(inference, "_made", lambda: made)
 
 
@@ -91,7 +86,7 @@ def test_a_shift_cell_is_one_without_its_masked_taps(mirrored: bool) -> None:
     bottleneck = Bottleneck(cell.expand, cell.spatial, cell.project, elu=True, scale=-1.0)
     z = torch.randn(2, 5, 8, 8)
     assert_close(bottleneck(z, z), cell.double()(z.double()))
-    assert [len(taps) for taps in bottleneck.weights[6:8]] == [5, 13]  # of 9 and 25
+    assert [len(taps) for taps in bottleneck.others[3:5]] == [5, 13]  # of 9 and 25
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -148,10 +143,7 @@ def test_a_model_for_inference_stays_on_its_machine(monkeypatch: pytest.MonkeyPa
         deepcopy(convolution)
 
 
-@pytest.mark.parametrize("value", [-1e30, -1e4, -100.0, -88.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 88.0, 100.0, 1e4, 1e30])
-@pytest.mark.parametrize("elu", [False, True])
-@pytest.mark.usefixtures("processor")
-def test_activations_far_out(value: float, elu: bool) -> None:
+def passing_on() -> tuple[Conv2d, Conv2d, Conv2d]:
     """All three convolutions pass on what they get: two channels of it, and their sum in the end."""
     spatial = Conv2d(2, 2, groups=2, normalised=False)
     expand = Conv2d(1, 2, normalised=False)
@@ -160,6 +152,14 @@ def test_activations_far_out(value: float, elu: bool) -> None:
         convolution.weight.fill_(1.0)
         assert convolution.bias is not None
         convolution.bias.zero_()
+    return expand, spatial, project
+
+
+@pytest.mark.parametrize("value", [-1e30, -1e4, -100.0, -88.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 88.0, 100.0, 1e4, 1e30])
+@pytest.mark.parametrize("elu", [False, True])
+@pytest.mark.usefixtures("processor")
+def test_activations_far_out(value: float, elu: bool) -> None:
+    expand, spatial, project = passing_on()
     x = torch.full((1, 1, 2, 2), value)
     u = x.double()
     activated = F.elu(F.elu(F.elu(u))) if elu else F.silu(F.silu(u))
@@ -167,11 +167,100 @@ def test_activations_far_out(value: float, elu: bool) -> None:
     assert_close(found / 2, activated)
 
 
+# ----------------------------------------------------------------------------------------------------------- float16
+
+
+def in_bfloat16() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def root_mean_square(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def separable(inputs: int, hidden: int) -> tuple[Conv2d, Conv2d, Conv2d]:
+    """The convolutions of a bottleneck, random."""
+    expand, project = Conv2d(inputs, hidden, normalised=False), Conv2d(hidden, inputs, normalised=False)
+    return expand, Conv2d(hidden, hidden, 5, groups=hidden, normalised=False), project
+
+
+@needs_float16
+@pytest.mark.parametrize("elu", [False, True])
+def test_a_bottleneck_in_float16_errs_less_than_in_bfloat16(elu: bool) -> None:
+    expand, spatial, project = separable(40, 240)
+    x = torch.randn(2, 40, 16, 16)
+    inner, outer = (F.elu, lambda u: F.elu(F.elu(u))) if elu else (F.silu, F.silu)
+
+    def plainly(x: Tensor) -> Tensor:
+        return cast(Tensor, project(outer(spatial(inner(expand(x))))))
+
+    with in_bfloat16():
+        found = Bottleneck(expand, spatial, project, elu=elu)(x, torch.zeros_like(x))
+        in_bf16 = plainly(x)
+    for convolution in (expand, spatial, project):
+        convolution.double()
+    expected = plainly(x.double())
+    assert found.dtype == torch.float32
+    error = root_mean_square(found - expected)
+    assert 0 < error < root_mean_square(in_bf16 - expected) / 2
+
+
+@needs_float16
+def test_long_sums_in_float16_err_less_than_in_bfloat16() -> None:
+    convolution, x = Conv2d(128, 40, 3, normalised=False), torch.randn(2, 128, 9, 9)
+    with in_bfloat16():
+        found, in_bf16 = Convolution(convolution)(x), convolution(x)
+    expected = convolution.double()(x.double())
+    assert 0 < root_mean_square(found - expected) < root_mean_square(in_bf16 - expected)
+
+
+@needs_float16
+@pytest.mark.parametrize("factor", [1e6, 1e30])
+def test_beyond_the_range_of_float16_it_is_float32(factor: float) -> None:
+    """Only where it is: the second image stays in float16."""
+    expand, spatial, project = separable(8, 48)
+    bottleneck, convolution = Bottleneck(expand, spatial, project), Convolution(project)
+    x = torch.randn(2, 8, 6, 6)
+    hidden = torch.randn(2, 48, 6, 6)
+    x[0] *= factor
+    hidden[0] *= factor
+    expected, convolved = bottleneck(x, x), convolution(hidden)
+    with in_bfloat16():
+        found, found_convolved = bottleneck(x, x), convolution(hidden)
+    for ours, theirs in ((found, expected), (found_convolved, convolved)):
+        assert torch.equal(ours[0], theirs[0])
+        assert not torch.equal(ours[1], theirs[1])
+        assert_close(ours[1], theirs[1], error=2**-8)
+
+
+@needs_float16
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_kernels_that_float16_does_not_suit_stay_in_float32(size: float) -> None:
+    convolution = Conv2d(4, 4, normalised=False)
+    assert Convolution(convolution).in_float16
+    convolution.weight *= size
+    assert not Convolution(convolution).in_float16
+
+
+@needs_float16
+@pytest.mark.parametrize("value", [-1e4, -100.0, -20.0, -2.0, -0.5, -1e-3, 0.0, 1e-3, 0.5, 2.0, 20.0, 100.0, 1e4])
+@pytest.mark.parametrize("elu", [False, True])
+def test_activations_in_float16(value: float, elu: bool) -> None:
+    """As `test_activations_far_out`; small negative inputs stay precise relative to themselves."""
+    expand, spatial, project = passing_on()
+    x = torch.full((1, 1, 2, 2), value)
+    u = x.double()
+    activated = F.elu(F.elu(F.elu(u))) if elu else F.silu(F.silu(u))
+    with in_bfloat16():
+        found = Bottleneck(expand, spatial, project, elu=elu)(x, torch.zeros_like(x)) / 2
+    assert float((found - activated).abs().max()) <= 2**-8 * float(activated.abs().max()) + 2**-23
+
+
 # ---------------------------------------------------------------------------------------------- single convolutions
 
 
 @pytest.mark.usefixtures("processor")
-@pytest.mark.parametrize("activation", ["identity", "elu"])
+@pytest.mark.parametrize("activation", inference.IN_CONVOLUTIONS)
 @pytest.mark.parametrize(
     ("inputs", "outputs", "size", "kernel", "dilation"),
     [(8, 40, (16, 16), 1, 1), (3, 7, (9, 11), 3, 1), (4, 16, (6, 5), 3, 2), (64, 100, (200, 130), 3, 1)],
@@ -186,6 +275,20 @@ def test_a_convolution_is_pytorchs(
     # Up to 576 products, summed one after the other: rounding walks √576 steps of 2⁻²⁴ at sums of this size.
     assert_close(ours(x, activation), expected, error=3e-6)
     assert_close(ours(x.bfloat16(), activation), expected, error=2**-6)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_of_two_tensors_is_that_of_both_side_by_side(kernel: int, bfloat16: bool) -> None:
+    convolution = Convolution(Conv2d(27, 20, kernel))
+    x, other = torch.randn(2, 7, 5, 6), torch.randn(2, 20, 5, 6)
+    if bfloat16:
+        x, other = x.bfloat16(), other.bfloat16()
+    both = torch.cat([x, other], dim=1)
+    assert torch.equal(convolution(x, "elu", other=other), convolution(both, "elu"))
+    with torch.enable_grad():
+        assert_close(convolution(x, "elu", other=other).detach(), convolution(both, "elu").detach())
 
 
 # ------------------------------------------------------------------------------------------------------------ latents

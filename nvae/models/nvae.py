@@ -230,7 +230,11 @@ class LatentGroup(nn.Module):
     def combined(self, state: Tensor, z: Tensor) -> Tensor:
         """The decoder state (B, C, h, w) after z has entered it."""
         z = z.to(state.dtype)
-        return cast(Tensor, self.combine(z if self.is_vanilla else torch.cat([state, z], dim=1)))
+        if self.is_vanilla:
+            return cast(Tensor, self.combine(z))
+        if isinstance(self.combine, inference.Convolution):
+            return cast(Tensor, self.combine(state, other=z))
+        return cast(Tensor, self.combine(torch.cat([state, z], dim=1)))
 
 
 class NVAE(Family[NVAEConfig]):
