@@ -10,6 +10,10 @@ import torch
 
 from ..config import UserError
 from ..data.config import DataConfig
+from ..data.images import fingerprint as images_fingerprint
+from ..data.sets import open_unread
+from ..data.splits import Split
+from ..distributed import from_rank_zero
 from ..likelihoods import MixtureEdge
 from ..loading import Weights, checkpoint_file, load_model
 from ..models.base import Family
@@ -45,6 +49,11 @@ class Subject:
     def fingerprint(self) -> str:
         """Of the weights, as loaded."""
         return fingerprint(self.model)
+
+    def content(self, split: Split, limit: int | None = None) -> str:
+        """Fingerprint of the images of a split, or of the first `limit`, as the first rank finds them."""
+        images = open_unread(self.data, split)
+        return str(from_rank_zero(images_fingerprint(images, min(len(images), limit or len(images)))))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes in its precision."""
