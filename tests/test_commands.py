@@ -159,10 +159,27 @@ def test_a_published_checkpoint_is_evaluated_with_the_data_of_a_recipe(tmp_path:
     where = ["--config", recipe, "--data", tmp_path / "images.npz"]
     assert call("evaluate", checkpoint, *where, "--importance-samples", 2) == 0
     (entry,) = results_of(tmp_path / "published").values()
-    assert entry["edge"] == "published" and entry["images"] == 4 and entry["weights"] == "raw"
+    assert entry["edge"] == "published" and entry["images"] == 4 and entry["weights"] == "published"
     assert "published mixture edge" in capsys.readouterr().out
     with pytest.raises(UserError, match="says nothing of its data; name a recipe with --config"):
         call("evaluate", checkpoint)
+
+
+def test_weights_have_the_name_of_what_the_checkpoint_holds(run: Path, tmp_path: Path, config: AnyRunConfig) -> None:
+    """Wherever it lies, and whatever a recipe would have averaged."""
+    checkpoint, bare = run / "checkpoints/step-000000007.pt", tmp_path / "bare.pt"
+    bare.write_bytes(checkpoint.read_bytes())
+    recipe = tmp_path / "unaveraged.yaml"
+    recipe.write_text(dump_yaml(config.model_copy(update={"optim": config.optim.model_copy(update={"ema": None})})))
+    cpu = torch.device("cpu")
+    for path, options in ((checkpoint, {}), (bare, {}), (bare, {"config": recipe}), (run, {"config": recipe})):
+        assert open_subject(path, device=cpu, **options).weights == "ema"
+        assert open_subject(path, device=cpu, weights="raw", **options).weights == "raw"
+    content = {"config": config.model_dump(mode="json"), "model": build(config.model).state_dict(), "ema": None}
+    save_checkpoint(bare, content)
+    assert open_subject(bare, device=cpu).weights == "raw"
+    save_checkpoint(bare, {**content, "published": {"dataset": "mnist"}})
+    assert open_subject(bare, device=cpu).weights == "published"
 
 
 def test_a_recipe_for_other_images_is_refused(tmp_path: Path, run: Path) -> None:
