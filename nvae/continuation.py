@@ -33,13 +33,15 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool) -> list[str]:
     """A line for each field of a run's config that was changed since its checkpoint.
 
-    Raises UserError with all of them where one alters what is trained, unless that is `allowed`. Never allowed is
-    another optimiser, which cannot use the old one's moments.
+    Raises UserError with all of them where one alters what is trained, unless that is `allowed`. Lists of the splits
+    may lie elsewhere, but with them or without is another split. Never allowed is another optimiser, which cannot use
+    the old one's moments.
     """
     before, now = flat(before), flat(now)
     names = [name for name in changed(before, now) if name != "allow_changes"]
     lines = [f"{name}: {before.get(name)} → {now.get(name)}" for name in names]
-    refused = [name for name in names if name.startswith(BOUND) or not name.startswith(FREE)]
+    moved = [name for name in names if name == "data.lists" and before.get(name) and now.get(name)]
+    refused = [name for name in names if name.startswith(BOUND) or not (name.startswith(FREE) or name in moved)]
     if "optim.name" in names:
         raise UserError(f"{lines[names.index('optim.name')]}: start a new run, with train.init_from if you like")
     if refused and not allowed:

@@ -46,7 +46,7 @@ class Extractors:
         except ImportError as error:
             raise UserError('FID needs torch-fidelity, which is not installed: pip install "nvae[fid]"') from error
         layer = {name: REGISTRY[name].get_default_feature_layer_for_metric for name in vars(networks).values()}
-        self.networks, self.device = networks, device
+        self.device = device
         self.features, self.logits = layer[networks.general]("fid"), layer[networks.general]("isc")
         self.close = layer[networks.neighbours]("prc")
         self._general = _built(networks.general, sorted({self.features, self.logits}), device)

@@ -8,7 +8,7 @@ import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,28 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within, the folder is this run's alone. Raises UserError while another process trains in it.
+        """Within, the folder is this run's alone. Raises UserError, on every rank, while another run trains in it.
 
         The system gives the lock back whatever becomes of the process.
         """
-        if rank() != 0:
+        with ExitStack() as held:
+            if not from_rank_zero(self._taken(held) if rank() == 0 else None):
+                raise UserError(f"{self.path}: another process trains in this folder; choose another name=")
+            if rank() == 0:
+                self._clear_temporary_files()
             yield
-            return
+
+    def _taken(self, held: ExitStack) -> bool:
+        """Takes the lock, until `held` ends; False where another process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.path}: another process trains in this folder; choose another name=") from error
-            except OSError as error:
-                print(f"{self.path}: no locks on this file system ({error}); start no second run here", file=sys.stderr)
-            self._clear_temporary_files()
-            yield
+        lock = held.enter_context((self.path / ".lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            print(f"{self.path}: no locks on this file system ({error}); start no second run here", file=sys.stderr)
+        return True
 
     def _clear_temporary_files(self) -> None:
         """What a killed process was writing."""

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from . import published, published_vdvae
 from .checkpoint import VERSION, is_ours, read_safely
@@ -13,6 +13,15 @@ from .models.base import Family, ModelConfig
 from .models.registry import build, family
 
 Weights = Literal["ema", "raw"]
+Held = Literal["ema", "raw", "published"]
+"""What a checkpoint's weights are: a published one does not say whether its are averaged."""
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint gives."""
+
+    model: Family[Any]
+    weights: Held
 
 
 class PublishedFormat(Protocol):
@@ -51,13 +60,23 @@ def load_model(
     overrides the edge of the logistic mixture: by default a published checkpoint keeps the published one, and a
     warning says so. `weights` "ema" takes the averaged weights where there are any. Raises UserError.
     """
+    return load_checkpoint(path, config, mixture_edge, weights).model
+
+
+def load_checkpoint(
+    path: str | Path,
+    config: str | Path | ModelConfig | None = None,
+    mixture_edge: MixtureEdge | None = None,
+    weights: Weights = "ema",
+) -> Loaded:
+    """As `load_model`, and which weights the model has."""
     content = read_safely(checkpoint_file(Path(path)), published.SAFE_TYPES)
     known = None if config is None else config_from(config)
     try:
         if is_ours(content):
             return _ours(content, mixture_edge, weights)
         if (form := published_format(content)) is not None:
-            return _published(form, content, mixture_edge, known)
+            return Loaded(_published(form, content, mixture_edge, known), "published")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"{path}: neither a checkpoint of this package nor a published one")
@@ -86,25 +105,25 @@ def _published(
         warnings.warn(
             "published checkpoint: the likelihood keeps the published mixture edge, so that published figures are "
             'reproduced; its bits/dim come out too good. Ask for mixture_edge="right" for exact ones.',
-            stacklevel=3,
+            stacklevel=4,
         )
     return model
 
 
-def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> Family[Any]:
+def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> Loaded:
     if (version := content.get("version")) != VERSION:
         raise UserError(f"a checkpoint of format {version}, this version of nvae reads format {VERSION}")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
         raise UserError("a checkpoint without a config or without a model")
     config = model_config(content["config"], "config")
     model = build(config if edge is None else config.with_likelihood(edge=edge))
-    state = (content.get("ema") if weights == "ema" else None) or content["model"]
+    averaged = content.get("ema") if weights == "ema" else None
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(averaged or content["model"])
     except RuntimeError as error:
         raise UserError("its weights are of another model than its config describes") from error
     model.mark_loaded()
-    return model.eval()
+    return Loaded(model.eval(), "ema" if averaged else "published" if content.get("published") is not None else "raw")
 
 
 def model_config(config: dict[str, Any], source: str) -> ModelConfig:

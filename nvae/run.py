@@ -256,9 +256,11 @@ def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
 
 
 def _start_from(path: str, state: TrainingState) -> None:
-    """A warm start: the weights of any checkpoint. Raises UserError for those of another model."""
+    """A warm start: the weights of any checkpoint, and nothing else of it. Raises UserError for another model's."""
+    config = state.model.config
     try:
-        load_weights(state.model, load_model(path, weights="raw").state_dict())
+        source = load_model(path, config, mixture_edge=config.likelihood.edge, weights="raw")
+        load_weights(state.model, source.state_dict())
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
     state.model.mark_loaded()

@@ -152,6 +152,7 @@ class Trainer:
         for group in state.optimiser.param_groups:
             group["lr"] = state.lr_factor * self.schedule(state.step)
         self.buffers.take()
+        starts = not self.model.has_started
         state.optimiser.zero_grad()
         metrics = self._accumulate_gradients()
         state.scaler.unscale_(state.optimiser)
@@ -163,6 +164,8 @@ class Trainer:
             state.non_finite_in_a_row += 1
         else:
             state.non_finite_in_a_row = 0
+            if starts and state.average is not None:
+                state.average.restart()
             if state.skip_rule.skips(norm_value):
                 state.skipped += 1
             else:

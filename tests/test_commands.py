@@ -45,6 +45,8 @@ DIGITS: dict[str, Any] = {
     "data": {"name": "digits", "binarize": True, "batch": 100},
     "optim": {"ema": 0.9},
 }
+OWN: dict[str, Any] = {"name": "images", "size": 8, "channels": 1}
+"""A section `data` for images of one's own."""
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,46 @@ def test_other_questions_are_other_entries_and_the_same_one_is_answered_from_the
     assert results_of(run) == before
 
 
+def save_set(path: Path, *splits: str, seed: int) -> Path:
+    """An .npz of 20 grey 8×8 images in each split."""
+    draws = np.random.RandomState(seed)
+    np.savez(path, **{split: draws.randint(0, 256, (20, 8, 8), dtype=np.uint8) for split in splits})
+    return path
+
+
+def test_other_images_of_the_same_name_are_another_question(run: Path, tmp_path: Path, capsys: Any) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml(run_config({**DIGITS, "data": {**DIGITS["data"], **OWN}}, "own")))
+    one, other = (save_set(tmp_path / f"{seed}.npz", "train", "test", seed=seed) for seed in (1, 2))
+    copy = tmp_path / "elsewhere" / "copy.npz"
+    copy.parent.mkdir()
+    copy.write_bytes(one.read_bytes())
+
+    def evaluated(path: Path, *arguments: Any) -> int:
+        call("evaluate", run, "--config", recipe, "--data", path, "--importance-samples", 1, *arguments)
+        return len(results_of(run))
+
+    assert [evaluated(one), evaluated(other), evaluated(one, "--limit", 5)] == [1, 2, 3]
+    first, second, _ = results_of(run).values()
+    assert first["estimates"]["nelbo"] != second["estimates"]["nelbo"] and first["path"] == str(one)
+    capsys.readouterr()
+    assert [evaluated(one), evaluated(copy), evaluated(one, "--limit", 5)] == [3, 3, 3]
+    assert capsys.readouterr().out.count("already in") == 3
+
+
+def test_entries_of_before_keys_named_the_images_stay_readable(run: Path) -> None:
+    call("evaluate", run, "--importance-samples", 1, "--limit", 20)
+    ((key, entry),) = results_of(run).items()
+    old = {name: value for name, value in entry.items() if name not in ("content", "path")}
+    old_key = key.replace(f" content={entry['content']}", "")
+    assert old_key != key
+    (run / "results.json").write_text(json.dumps({old_key: old}))
+    assert call("evaluate", run, "--report") == 0
+    assert "this model" in (run / "report.html").read_text()
+    call("evaluate", run, "--importance-samples", 1, "--limit", 20)
+    assert set(results_of(run)) == {old_key, key} and results_of(run)[old_key] == old
+
+
 @pytest.mark.filterwarnings("ignore:published checkpoint")
 def test_a_published_checkpoint_is_evaluated_with_the_data_of_a_recipe(tmp_path: Path, capsys: Any) -> None:
     checkpoint = tmp_path / "published.pt"
@@ -117,10 +159,27 @@ def test_a_published_checkpoint_is_evaluated_with_the_data_of_a_recipe(tmp_path:
     where = ["--config", recipe, "--data", tmp_path / "images.npz"]
     assert call("evaluate", checkpoint, *where, "--importance-samples", 2) == 0
     (entry,) = results_of(tmp_path / "published").values()
-    assert entry["edge"] == "published" and entry["images"] == 4 and entry["weights"] == "raw"
+    assert entry["edge"] == "published" and entry["images"] == 4 and entry["weights"] == "published"
     assert "published mixture edge" in capsys.readouterr().out
     with pytest.raises(UserError, match="says nothing of its data; name a recipe with --config"):
         call("evaluate", checkpoint)
+
+
+def test_weights_have_the_name_of_what_the_checkpoint_holds(run: Path, tmp_path: Path, config: AnyRunConfig) -> None:
+    """Wherever it lies, and whatever a recipe would have averaged."""
+    checkpoint, bare = run / "checkpoints/step-000000007.pt", tmp_path / "bare.pt"
+    bare.write_bytes(checkpoint.read_bytes())
+    recipe = tmp_path / "unaveraged.yaml"
+    recipe.write_text(dump_yaml(config.model_copy(update={"optim": config.optim.model_copy(update={"ema": None})})))
+    cpu = torch.device("cpu")
+    for path, options in ((checkpoint, {}), (bare, {}), (bare, {"config": recipe}), (run, {"config": recipe})):
+        assert open_subject(path, device=cpu, **options).weights == "ema"
+        assert open_subject(path, device=cpu, weights="raw", **options).weights == "raw"
+    content = {"config": config.model_dump(mode="json"), "model": build(config.model).state_dict(), "ema": None}
+    save_checkpoint(bare, content)
+    assert open_subject(bare, device=cpu).weights == "raw"
+    save_checkpoint(bare, {**content, "published": {"dataset": "mnist"}})
+    assert open_subject(bare, device=cpu).weights == "published"
 
 
 def test_a_recipe_for_other_images_is_refused(tmp_path: Path, run: Path) -> None:
@@ -162,6 +221,21 @@ def test_fid_is_measured_once_for_a_temperature(run: Path, tmp_path: Path) -> No
     warm = evaluate_fid(subject, [1.0], 60, **settings)
     assert len(results_of(run)) == 2 and warm["metrics"]["fid"] != entry["metrics"]["fid"]
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_fid_against_other_images_of_the_same_name_is_measured_anew(run: Path, tmp_path: Path) -> None:
+    """Even where they have taken the place of those before."""
+    pytest.importorskip("torch_fidelity")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml(run_config({**DIGITS, "data": {**DIGITS["data"], **OWN}}, "own")))
+    found = []
+    for seed in (1, 2, 2):
+        path = save_set(tmp_path / "images.npz", "train", "test", seed=seed)
+        subject = open_subject(run, config=recipe, data=path, device=torch.device("cpu"))
+        entry = evaluate_fid(subject, [0.7], 20, networks=stand_in(), cache=tmp_path / "cache")
+        found.append(entry["metrics"]["fid"])
+    assert found[0] != found[1] == found[2]
+    assert len(results_of(run)) == len(list((tmp_path / "cache").iterdir())) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- sample

@@ -1,12 +1,14 @@
 """Two processes train as one: the same numbers, the same decisions, and the same end when one of them dies."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,9 @@ def facts(folder: Path) -> None:
         "gradient": train(folder / "gradient", altered=poison_a_gradient_of_rank_one),
         "stays": complaint(lambda: train(folder / "stays", *stays, altered=poison_rank_one)),
     }
+    with held_by_another(folder / "held" / "tiny"):
+        found["held"] = complaint(lambda: train(folder / "held"))
+        found["outcome of the other"] = outcome(folder / "held" / "tiny")["outcome"]
     make_saving_slow()
     found["stopped"] = train(folder / "stopped", *PLAIN, "data.batch=16", altered=stop_rank_one)
     found["written by then"] = outcome(folder / "stopped" / "tiny")["outcome"]
@@ -111,6 +116,21 @@ def stop_rank_one(model: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     model.stem.register_forward_pre_hook(signalled)
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[None]:
+    """A run folder as a live run of another launch has it."""
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True)
+        (folder / "outcome.json").write_text(json.dumps({"outcome": "running", "step": 0, "message": ""}))
+    distributed.barrier()
+    with (folder / ".lock").open("w") as lock:
+        if distributed.rank() == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        distributed.barrier()
+        yield
+        distributed.barrier()
 
 
 def make_saving_slow() -> None:
@@ -254,6 +274,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: tuple[Path, l
 def test_no_rank_leaves_before_everything_is_written(ranks: tuple[Path, list[Facts]]) -> None:
     """Launchers kill the others when the first is gone."""
     assert [found["written by then"] for found in ranks[1]] == ["interrupted", "interrupted"]
+
+
+def test_a_launch_into_the_folder_of_a_live_run_is_refused_on_all_ranks_and_leaves_its_outcome_alone(
+    ranks: tuple[Path, list[Facts]],
+) -> None:
+    for found in ranks[1]:
+        assert "another process trains in this folder" in found["held"]
+        assert found["outcome of the other"] == "running"
+    assert outcome(ranks[0] / "held" / "tiny")["outcome"] == "running"
 
 
 def test_a_run_goes_on_with_another_number_of_processes(ranks: tuple[Path, list[Facts]], alone: Path) -> None:

@@ -22,6 +22,7 @@ from nvae import run
 from nvae.adamax import Adamax
 from nvae.config import UserError
 from nvae.folder import RunFolder
+from nvae.run import AnyRunConfig
 from nvae.trainer import Trainer
 
 OPTIONS = ("train.steps=12", "train.save_every=3", "train.keep=2", "train.validate_every=0.1")
@@ -261,6 +262,29 @@ def test_what_alters_neither_is_only_said(half_done: Path, capsys: pytest.Captur
     assert run.train(tiny_run("train.log_every=2"), half_done) == 0
     assert "changed since the last checkpoint: train.log_every: 1 → 2" in capsys.readouterr().out
     assert run.load_run(half_done / "tiny").train.log_every == 2
+
+
+def test_images_and_lists_may_lie_elsewhere(
+    tmp_path: Path, pictures: Path, at_step: Callable[[int, Callable[[], Any]], None], capsys: Any
+) -> None:
+    names = sorted(file.name for file in pictures.iterdir())
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "train.txt").write_text("\n".join(names[:40]))
+        (folder / "test.txt").write_text("\n".join(names[40:]))
+
+    def options(path: Path, *more: str) -> AnyRunConfig:
+        own = f"data={{name: images, path: {path}, size: 8, channels: 1, binarize: true, batch: 8}}"
+        return tiny_run(own, "data.workers=0", *more)
+
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run.train(options(pictures, f"data.lists={folders[0]}"), tmp_path) == 75
+    with pytest.raises(UserError, match=rf"trained with another config[\s\S]*data\.lists: {folders[0]} → None"):
+        run.train(options(pictures), tmp_path)
+    moved = pictures.rename(tmp_path / "moved")
+    assert run.train(options(moved, f"data.lists={folders[1]}"), tmp_path) == 0
+    assert f"data.lists: {folders[0]} → {folders[1]}" in capsys.readouterr().out
 
 
 def test_allowed_changes_take_effect(half_done: Path) -> None:

@@ -217,6 +217,20 @@ def test_a_start_from_data_is_made_again_after_a_bad_first_batch(
     assert column(folder, "loss")[-1] < column(folder, "loss")[1]
 
 
+def test_the_average_begins_with_the_weights_that_were_started_from_data(tmp_path: Path) -> None:
+    """Not with those before: the learning rate of the first update is 0, so that nothing else has changed them."""
+    content = checkpoint(trained(tmp_path, "model.architecture=res_elu", "train.save_every=1"), 1)
+    assert bool(content["model"]["started"])
+    assert differences(content["ema"], content["model"]) == []
+
+
+def test_the_average_begins_with_started_weights_where_the_first_update_is_not_made(tmp_path: Path) -> None:
+    options = ("model.architecture=res_elu", "optim.skip_norm=1e-6", "optim.skip_limit=2", "train.save_every=1")
+    content = checkpoint(trained(tmp_path, *options), 1)
+    assert content["counters"]["skipped"] == 1
+    assert differences(content["ema"], content["model"]) == []
+
+
 # ------------------------------------------------------------------------------------------ clipping, skipping, scale
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from processes import start_ranks
 from test_commands import call, results_of
-from tiny_run import TINY, checkpoint, column, differences, log
+from tiny_run import TINY, checkpoint, column, differences, log, tiny_run
 
 from nvae import run
 from nvae.config import UserError, apply_overrides
 from nvae.loading import load_model
+from nvae.models.vdvae import VDVAE
+from nvae.published_vdvae import to_published
 from nvae.run import AnyRunConfig, run_config
 from nvae.trainer import Trainer
 
@@ -84,6 +86,37 @@ def test_a_run_that_died_ends_as_if_it_had_not(trained: Path, tmp_path: Path) ->
     assert run.train(config(), tmp_path) == 0
     assert differences(checkpoint(tmp_path / "tiny"), checkpoint(trained)) == []
     assert log(tmp_path / "tiny") == log(trained)
+
+
+def test_a_run_starts_from_a_published_checkpoint(trained: Path, tmp_path: Path) -> None:
+    """Such a one carries no hyper-parameters: they are the run's."""
+    model = load_model(trained)
+    assert isinstance(model, VDVAE)
+    published = tmp_path / "published.th"
+    torch.save(to_published(model), published)
+    assert run.train(config(f"train.init_from={published}", "train.steps=1"), tmp_path) == 0
+    content = checkpoint(tmp_path / "tiny", 0)
+    assert differences(content["model"], model.state_dict()) == []
+    assert differences(content["ema"], model.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        (lambda *options: config("model.width=16", *options), r"state_dict: '.*' is \[.*\], the config makes it \["),
+        (tiny_run, "config: its model is of family 'nvae', the checkpoint is of family 'vdvae'"),
+    ],
+    ids=["width", "family"],
+)
+def test_a_published_checkpoint_of_another_model_is_refused(
+    trained: Path, tmp_path: Path, other: Any, complaint: str
+) -> None:
+    model = load_model(trained)
+    assert isinstance(model, VDVAE)
+    torch.save(to_published(model), tmp_path / "published.th")
+    with pytest.raises(UserError, match=rf"^train\.init_from: .*published\.th: {complaint}") as error:
+        run.train(other(f"train.init_from={tmp_path / 'published.th'}"), tmp_path)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_other_moments_are_another_model(trained: Path) -> None:

@@ -49,7 +49,8 @@ def evaluate_bounds(
     An evaluation that was stopped goes on where it was. `batch`: images encoded at once (None: the run's); `rows`:
     images × draws decoded at once (None: as suits their size).
     """
-    results, key = subject.folder / "results.json", key_of(_identity(subject, asked))
+    identity = _identity(subject, asked)
+    results, key = subject.folder / "results.json", key_of(identity)
     known: dict[str, Any] | None = from_rank_zero(read_results(results).get(key))
     if known is not None:
         if rank() == 0:
@@ -90,10 +91,11 @@ def evaluate_bounds(
             folder=unfinished,
         )
     entry = {
-        **_identity(subject, asked),
+        **identity,
         **evaluation.entry(subject.model.config),
         "density": subject.model.density,
         "checkpoint": subject.checkpoint.name,
+        "path": str(subject.data.source),
         "seconds": round(time.perf_counter() - started, 1),
         "ranks": world_size(),
         **circumstances(subject.device),
@@ -109,6 +111,7 @@ def _identity(subject: Subject, asked: Measurement) -> dict[str, Any]:
     """Everything that the figures depend on."""
     return {
         "data": subject.data.name,
+        "content": subject.content(asked.split, asked.limit),
         **asdict(asked),
         "precision": subject.precision,
         "weights": subject.weights,

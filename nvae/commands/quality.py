@@ -39,9 +39,10 @@ def evaluate_fid(
     Pixels are drawn from the likelihood. The training set's statistics are kept in `cache` (None: beside torch's
     downloads), for all models of that set.
     """
-    networks = networks or Networks()
+    networks, content = networks or Networks(), subject.content("train")
     identity = {
         "data": subject.data.name,
+        "content": content,
         "metric": "fid",
         "temperature": list(temperature),
         "samples": samples,
@@ -67,10 +68,16 @@ def evaluate_fid(
                 images = sample_images(model, numbers, at, seed=seed, pixels="draw")
             yield numbers, images
 
-    found = metrics(
-        statistics(drawn(), samples, extractors), _training(subject, size, extractors, cache or default_cache())
-    )
-    entry = {**identity, "metrics": found, "checkpoint": subject.checkpoint.name, **circumstances(subject.device)}
+    digest = hashlib.sha256(json.dumps([content, subject.data.binarize, vars(networks)]).encode()).hexdigest()[:16]
+    file = (cache or default_cache()) / f"{subject.data.name}-{digest}.safetensors"
+    training = cached(file, lambda: _training(subject, size, extractors))
+    entry = {
+        **identity,
+        "metrics": metrics(statistics(drawn(), samples, extractors), training),
+        "checkpoint": subject.checkpoint.name,
+        "path": str(subject.data.source),
+        **circumstances(subject.device),
+    }
     if rank() == 0:
         record(results, key, entry)
     barrier()
@@ -82,7 +89,7 @@ def default_cache() -> Path:
     return Path(torch.hub.get_dir()).parent / "nvae-fid"
 
 
-def _training(subject: Subject, batch: int, extractors: Extractors, cache: Path) -> Statistics:
+def _training(subject: Subject, batch: int, extractors: Extractors) -> Statistics:
     """The statistics of the training set, without flips and without padding."""
     images, data = open_images(subject.data, "train"), subject.data
 
@@ -93,6 +100,4 @@ def _training(subject: Subject, batch: int, extractors: Extractors, cache: Path)
         for part in tqdm(shares, "training set", unit="batch", disable=rank() != 0):
             yield part.indices, cropped(subject, part.images)
 
-    what = [data.model_dump(mode="json", exclude={"batch", "global_batch", "workers", "memory", "flip"}), len(images)]
-    digest = hashlib.sha256(json.dumps([what, vars(extractors.networks)]).encode()).hexdigest()[:16]
-    return cached(cache / f"{data.name}-{digest}.safetensors", lambda: statistics(numbered(), len(images), extractors))
+    return statistics(numbered(), len(images), extractors)

@@ -10,8 +10,12 @@ import torch
 
 from ..config import UserError
 from ..data.config import DataConfig
+from ..data.images import fingerprint as images_fingerprint
+from ..data.sets import open_unread
+from ..data.splits import Split
+from ..distributed import from_rank_zero
 from ..likelihoods import MixtureEdge
-from ..loading import Weights, checkpoint_file, load_model
+from ..loading import Held, Weights, checkpoint_file, load_checkpoint
 from ..models.base import Family
 from ..precision import Precision, allow_tf32, autocast, precision_on
 from ..results import fingerprint
@@ -28,8 +32,7 @@ class Subject:
     checkpoint: Path
     folder: Path
     """The run's, or one beside a bare checkpoint."""
-    weights: Weights
-    """`ema` only where there is an average."""
+    weights: Held
     device: torch.device
     precision: Precision = "fp32"
 
@@ -45,6 +48,11 @@ class Subject:
     def fingerprint(self) -> str:
         """Of the weights, as loaded."""
         return fingerprint(self.model)
+
+    def content(self, split: Split, limit: int | None = None) -> str:
+        """Fingerprint of the images of a split, or of the first `limit`, as the first rank finds them."""
+        images = open_unread(self.data, split)
+        return str(from_rank_zero(images_fingerprint(images, min(len(images), limit or len(images)))))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes in its precision."""
@@ -78,19 +86,18 @@ def open_subject(
         recipe = read_run_config(config, [])
     elif in_a_run:
         recipe = load_run(run_folder)
-    model = load_model(checkpoint, recipe.model if recipe else None, mixture_edge, weights).to(device)
+    model, held = load_checkpoint(checkpoint, recipe.model if recipe else None, mixture_edge, weights)
     if recipe is not None:
         plain = {**recipe.model_dump(mode="json"), "model": model.config.model_dump(mode="json")}
         if data is not None:
             plain["data"]["path"] = str(data)
         recipe = run_config(plain, f"{checkpoint} with the data of {config or run_folder / 'config.yaml'}")
-    averaged = in_a_run and recipe is not None and recipe.optim.ema is not None
     return Subject(
-        model=model,
+        model=model.to(device),
         config=recipe,
         checkpoint=checkpoint,
         folder=run_folder if in_a_run else checkpoint.with_suffix(""),
-        weights=weights if averaged else "raw",
+        weights=held,
         device=device,
         precision=precision,
     )

@@ -19,7 +19,7 @@ from torchvision.utils import make_grid
 from ..checkpoint import atomic_file
 from ..randomness import keyed_uniform
 from .config import DataConfig
-from .images import Images
+from .images import Images, spread
 from .sets import open_unread, own_splits
 from .splits import Split
 
@@ -78,7 +78,7 @@ def describe(config: DataConfig, sheet: Path, seed: int = 0) -> Description:
 
 def write_sheet(images: Images, path: Path, rows: int = 8) -> None:
     """Writes `rows` × `rows` images from all over a split as one PNG."""
-    chosen = _spread(len(images), rows * rows)
+    chosen = spread(len(images), rows * rows)
     grey = images.read(chosen).to(torch.float32) / images.levels
     zoom = max(1, 64 // images.shape[2])
     grid = make_grid(F.interpolate(grey, scale_factor=zoom), nrow=rows, pad_value=1.0)
@@ -122,16 +122,10 @@ def png_bits(images: Tensor, binary: bool = False) -> float:
 
 def _values(images: Images, binarize: bool, limit: int, seed: int) -> Iterator[Tensor]:
     """Up to `limit` images from all over a split as int64 values, binarised as in evaluation where asked."""
-    chosen = _spread(len(images), limit)
+    chosen = spread(len(images), limit)
     for first in range(0, len(chosen), 256):
         indices = chosen[first : first + 256]
         pixels = images.read(indices)
         if binarize:
             pixels = keyed_uniform(pixels.shape, indices, seed, "evaluation/0", "cpu") < pixels / images.levels
         yield pixels.to(torch.int64)
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` positions spread evenly over `count`."""
-    wanted = min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]

@@ -3,6 +3,7 @@
 Shapes: N images of a split, B images read at once, C channels, H W pixels.
 """
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from ..config import UserError
 Crop = tuple[float, float]
 """Where a square is cut out of an oblong image: (down, across) in [0, 1] of the room there is."""
 CENTRE: Crop = (0.5, 0.5)
+CHECKED = 1000
+"""How many images a fingerprint looks at."""
 
 
 class BadImagesError(UserError):
@@ -86,6 +89,25 @@ class InMemory(Images):
 
     def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
         return self.pixels[torch.as_tensor(indices, device=self.pixels.device)]
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` positions spread evenly over `count`."""
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def fingerprint(images: Images, count: int) -> str:
+    """Sixteen digits that tell the first `count` images from others, the same wherever and however they are kept.
+
+    SHA-256 of `count`, of their shape and levels, and of the pixels of `CHECKED` of them, evenly spread (of all, where
+    there are no more). Raises BadImagesError for those that can't be read.
+    """
+    digest = hashlib.sha256(repr((count, images.shape, images.levels)).encode())
+    chosen = spread(count, CHECKED)
+    for first in range(0, len(chosen), 64):
+        digest.update(images.read(chosen[first : first + 64]).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_all(images: Images, progress: bool = False) -> InMemory:

@@ -216,6 +216,11 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         """Compiles, in place, the parts whose compilation pays (`torch.compile`); the first passes then take longer."""
         self.compile()
 
+    @property
+    def has_started(self) -> bool:
+        """False while the next pass in training mode sets weights from its images, before it computes anything."""
+        return True
+
     def mark_loaded(self) -> None:
         """Called after weights were loaded: whatever starts from data counts as started."""
 

@@ -296,7 +296,7 @@ class NVAE(Family[NVAEConfig]):
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Output:
         """(B, C, H, W) in [0, 1] -> Output. In training the first batch sets what starts from data (`res_elu`)."""
-        if self.training and not self._has_started():
+        if self.training and not self.has_started:
             self._start_from(x, noise)
         self.weights.refresh()
         features = self._bottom_up(x)
@@ -397,7 +397,9 @@ class NVAE(Family[NVAEConfig]):
 
     # ------------------------------------------------------------------------------------------- starting from data
 
-    def _has_started(self) -> bool:
+    @property
+    def has_started(self) -> bool:
+        """False before the first batch has set what starts from data (`res_elu`)."""
         self._known_started = self._known_started or bool(self.started)
         return self._known_started
 

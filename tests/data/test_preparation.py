@@ -19,9 +19,10 @@ from PIL import Image
 from nvae.config import UserError
 from nvae.data import preparation
 from nvae.data.config import DataConfig
+from nvae.data.images import fingerprint
 from nvae.data.preparation import prepare, read_config, verify
-from nvae.data.sets import open_images
-from nvae.data.splits import Split
+from nvae.data.sets import open_images, open_unread
+from nvae.data.splits import SPLITS, Split
 from nvae.data.store import Index
 
 from . import stand_ins
@@ -64,6 +65,13 @@ def test_a_store_holds_the_pixels_of_its_source(tmp_path: Path, size: int, chann
     for split in ("train", "test"):
         stored, direct = (pixels(path, split, **fields) for path in (tmp_path / "store", folder))  # type: ignore[arg-type]
         assert torch.equal(stored, direct)
+
+
+def test_a_store_and_its_source_have_one_fingerprint(folder: Path, tmp_path: Path) -> None:
+    prepared(folder, tmp_path / "store", crop="random")
+    for split in SPLITS:
+        stored, direct = (open_unread(config(path, crop="random"), split) for path in (tmp_path / "store", folder))
+        assert fingerprint(stored, len(stored)) == fingerprint(direct, len(direct))
 
 
 def test_large_images_are_stored_smaller_than_raw(tmp_path: Path) -> None:

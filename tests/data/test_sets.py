@@ -13,7 +13,7 @@ from PIL import Image
 
 from nvae.config import UserError
 from nvae.data.config import DataConfig, SetName
-from nvae.data.images import Images, InMemory
+from nvae.data.images import Images, InMemory, fingerprint
 from nvae.data.named import SETS
 from nvae.data.sets import open_images
 from nvae.data.sources import Shaped
@@ -245,6 +245,25 @@ def test_an_array_of_the_right_size_is_taken_as_it_lies(tmp_path: Path) -> None:
     images = opened("train", path=tmp_path / "x.npy", size=8)
     lazy = opened("train", path=tmp_path / "x.npy", size=8, memory=0)
     assert torch.equal(whole(images), whole(lazy))
+
+
+def test_a_fingerprint_is_of_the_images_and_not_of_how_they_are_kept(tmp_path: Path) -> None:
+    pixels = noise(1500, 8, 8, 3)
+    np.save(tmp_path / "x.npy", pixels)
+    resident = opened("train", path=tmp_path / "x.npy", size=8)
+    lazy = opened("train", path=tmp_path / "x.npy", size=8, memory=0)
+    count = len(resident)
+    assert fingerprint(resident, count) == fingerprint(lazy, count) and len(fingerprint(lazy, count)) == 16
+
+
+def test_a_fingerprint_sees_each_of_a_thousand_images_and_how_many_there_are() -> None:
+    pixels = torch.from_numpy(noise(1001, 1, 4, 4))
+    found = fingerprint(InMemory(pixels), 1000)
+    assert fingerprint(InMemory(pixels, levels=16), 1000) != found != fingerprint(InMemory(pixels), 999)
+    for place in (0, 500, 999, 1000):
+        other = pixels.clone()
+        other[place] += 1
+        assert (fingerprint(InMemory(other), 1000) == found) == (place == 1000)
 
 
 def test_an_array_of_another_size_is_resized(tmp_path: Path) -> None:
