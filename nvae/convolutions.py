@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import depthwise
+from . import dense, depthwise
 from .activations import Activation, in_a_pass, with_slope
 from .fusion import fused
 from .latents import at_least_float32
@@ -56,6 +56,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     if geometry.is_depthwise(weight):
         return depthwise.depthwise_conv2d(x, weight, geometry.stride, bias)
+    if dense.takes(x, weight, geometry.stride, geometry.groups):
+        return dense.conv2d(x, weight, bias, geometry.dilation)
     return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
@@ -78,7 +80,8 @@ FEW_PIXELS = 2**12
 
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of `convolve`'s x (of which only shape and type count), from that of its result."""
-    if geometry.is_pointwise(weight):
+    in_dense = dense.takes(grad, weight, geometry.stride, geometry.groups)
+    if geometry.is_pointwise(weight) and not in_dense:
         return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
     if geometry.enlarge:
         batch, channels, height, width = x.shape
@@ -86,6 +89,8 @@ def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) 
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     if geometry.is_depthwise(weight):
         x_grad = depthwise.input_gradient(grad, weight, (x.shape[2], x.shape[3]), geometry.stride)
+    elif in_dense:
+        x_grad = dense.input_gradient(grad, weight, geometry.dilation)
     else:
         x_grad = _torch_gradients(
             grad, torch.empty_like(x, dtype=grad.dtype), weight, None, geometry, (True, False, False)
@@ -101,6 +106,10 @@ def parameter_gradients(
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     if geometry.is_depthwise(weight):
         weight_grad = depthwise.weight_gradient(grad, x, weight.shape[2], geometry.stride).to(weight.dtype)
+    elif dense.takes(x, weight, geometry.stride, geometry.groups):
+        size, has_bias = weight.shape[2:], bias is not None
+        weight_grad, bias_grad = dense.parameter_gradients(grad, x, size, geometry.dilation, bias=has_bias)
+        return weight_grad.to(weight.dtype), None if bias is None else bias_grad.to(bias.dtype)
     elif geometry.is_pointwise(weight) and grad.numel() <= FEW_PIXELS * grad.shape[1]:
         by_pixel = [tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (grad, x)]  # (B·H·W, O), (B·H·W, C)
         weight_grad = (by_pixel[0].t() @ by_pixel[1]).reshape(weight.shape)

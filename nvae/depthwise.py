@@ -1,8 +1,9 @@
 """Depthwise convolution as an operator of its own, with its gradients: fast where PyTorch's is not.
 
 Memory is channels-last. On the CPU the forward pass is PyTorch's, the input gradient at stride 1 a forward pass with
-the kernel turned round, and the weight gradient K·K shifted products summed in one pass (docs/performance.md). On
-CUDA all three are Triton kernels (nvae/kernels/depthwise.py). Elsewhere PyTorch's.
+the kernel turned round, and the weight gradient K·K shifted products summed in one pass (docs/performance.md); of
+bfloat16 tensors on CPUs that nvae/bfloat16.py is about, they are C++ of ours (nvae/kernels/depthwise.cpp). On CUDA all
+three are Triton kernels (nvae/kernels/depthwise.py). Elsewhere PyTorch's.
 
 The operators are opaque to `torch.compile`: never traced into, never a graph break. Where nobody traces, watches or
 differentiates, their functions are called without them.
@@ -10,18 +11,30 @@ differentiates, their functions are called without them.
 Shapes: B batch, C channels, H W space of x, h w space of y = ceil(H/stride), K kernel side (odd), padding K // 2.
 """
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import bfloat16
 from .fusion import compiles, fused, watched
 from .latents import at_least_float32
+from .native import structure
 
+SOURCE = Path(__file__).parent / "kernels" / "depthwise.cpp"
+IN_CPP = (3, 5, 7, 11)
+"""Kernel sides that the C++ functions have."""
 TAPS_PER_PASS = 25
 """How many taps of the weight gradient one pass sums: as many as accumulators fit into vector registers."""
+
+_Depthwise = structure("Depthwise", "images height width channels size stride turned threads", "", "x weight bias out")
+_DepthwiseGradient = structure(
+    "DepthwiseGradient", "images height width channels size stride threads", "", "grad x weight"
+)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, bias: Tensor | None = None) -> Tensor:
@@ -57,6 +70,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
         from .kernels import depthwise as kernels
 
         return kernels.forward(x, weight, bias, stride)
+    if _in_float16(x, weight.shape[2]):
+        return _in_cpp(x, weight, bias, stride, turned=False)
     return _channels_last(_convolve(_channels_last(x), weight, bias, stride))
 
 
@@ -66,6 +81,8 @@ def _input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, strid
         from .kernels import depthwise as kernels
 
         return kernels.input_gradient(grad, weight, shape, stride)
+    if stride == 1 and _in_float16(grad, weight.shape[2]):
+        return _in_cpp(grad, weight, None, 1, turned=True)
     if stride == 1:
         return _channels_last(_convolve(_channels_last(grad), weight.flip(2, 3), None, 1))
     # In float32 also for smaller types: PyTorch's own takes 80 times as long in bfloat16.
@@ -79,6 +96,8 @@ def _weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
         from .kernels import depthwise as kernels
 
         return kernels.weight_gradient(grad, x, size, stride)
+    if _in_float16(x, size) and grad.dtype == x.dtype:
+        return _gradient_in_cpp(grad, x, size, stride)
     grad, x = _channels_last(grad), _channels_last(x)
     if x.device.type == "cpu" and compiles("cpu"):
         rows = max(TAPS_PER_PASS // size, 1)  # of the kernel, in one pass
@@ -121,6 +140,35 @@ def _backward(
         grad, x, weight, None, (stride, stride), (pad, pad), (1, 1), False, (0, 0), channels, wanted
     )
     return cast(tuple[Tensor, ...], gradients)
+
+
+def _in_float16(x: Tensor, size: int) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and size in IN_CPP and bfloat16.pays(SOURCE)
+
+
+def _in_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, turned: bool) -> Tensor:
+    """y; `turned`: of the kernel turned round."""
+    x, weight = bfloat16.channels_last(x), weight.to(x.dtype).contiguous()
+    batch, channels, height, width = x.shape
+    size = weight.shape[2]
+    assert weight.shape == (channels, 1, size, size)
+    y = _fake(x, (batch, channels, -(-height // stride), -(-width // stride)))
+    bias = None if bias is None else bias.float().contiguous()
+    integers = (batch, height, width, channels, size, stride, int(turned), torch.get_num_threads())
+    pointers = map(bfloat16.address, (x, weight, bias, y))
+    bfloat16.made_from(SOURCE).depthwise(ctypes.byref(_Depthwise(*integers, *pointers)))
+    return y
+
+
+def _gradient_in_cpp(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
+    grad, x = bfloat16.channels_last(grad), bfloat16.channels_last(x)
+    batch, channels, height, width = x.shape
+    assert grad.shape == (batch, channels, -(-height // stride), -(-width // stride))
+    weight = torch.empty(channels, 1, size, size, device=x.device)
+    integers = (batch, height, width, channels, size, stride, torch.get_num_threads())
+    pointers = map(bfloat16.address, (grad, x, weight))
+    bfloat16.made_from(SOURCE).depthwise_gradient(ctypes.byref(_DepthwiseGradient(*integers, *pointers)))
+    return weight
 
 
 def _in_triton(x: Tensor) -> bool:

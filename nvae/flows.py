@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import dense
 from .convolutions import Conv2d
 from .recomputation import Recomputable
 
@@ -58,8 +59,11 @@ class ShiftCell(nn.Module):
 
     def _expanded(self, z: Tensor) -> Tensor:
         """The strict convolution by the two rows of its kernel that see anything."""
-        rows, border = (slice(1, 3), (1, 1, 0, 1)) if self.mirrored else (slice(0, 2), (1, 1, 1, 0))
-        return F.conv2d(F.pad(z, border), self.expand.effective_weight()[:, :, rows])
+        top = 0 if self.mirrored else 1
+        kernel = self.expand.effective_weight()[:, :, 1 - top : 3 - top]
+        if dense.takes(z, kernel, stride=1, groups=1):
+            return dense.conv2d(z, kernel, None, before=(top, 1))
+        return F.conv2d(F.pad(z, (1, 1, top, 1 - top)), kernel)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w), float32 or more."""

@@ -16,11 +16,17 @@ SOURCE = Path(__file__).parent / "kernels" / "mixture.cpp"
 _Mixture = structure("Mixture", "images pixels components colours levels threads", "highest", "params x log_prob")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def available() -> bool:
+    """Whether the library can be had."""
+    return library(SOURCE) is not None
+
+
 def takes(params: Tensor) -> bool:
     """Whether `log_prob` does: float32, on a CPU, while nobody asks for gradients or traces."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return params.device.type == "cpu" and params.dtype == torch.float32 and library(SOURCE) is not None
+    return params.device.type == "cpu" and params.dtype == torch.float32 and available()
 
 
 def log_prob(params: Tensor, x: Tensor, components: int, levels: int, highest: float) -> Tensor:

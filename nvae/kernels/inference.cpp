@@ -9,7 +9,7 @@
 // Shapes: B images, H W space of the input, h w of a phase of the output (H/stride); C inputs, E hidden, O outputs.
 // Images are channels-last. Hidden and output channels of weights are padded with zeros to a multiple of PADDING.
 
-#include "vectors.h"
+#include "products.h"
 
 #include <vector>
 
@@ -68,60 +68,10 @@ bool all_finite(const T* x, int64_t size) {
     return !found;
 }
 
-// A part of one image's output.
-struct Strip {
-    int64_t image, first, last;  // rows
-
-    Strip(int64_t task, int64_t strips, int64_t height)
-        : image(task / strips),
-          first(height * (task % strips) / strips),
-          last(height * (task % strips + 1) / strips) {}
-    int64_t rows() const { return last - first; }
-};
-
 // --------------------------------------------------------------------------------------------------------- products
 
 template <class A>
 constexpr int TILE = VECTORS * A::LANES;  // most hidden channels in memory at once
-
-// A tile of a convolution along a row: calls finish(Sums (M, N), first pixel). `origin` is what the row's first pixel
-// has below its kernel's centre; `weight` (taps · inputs, N vectors), `bias` (N vectors).
-template <class A, int N, class F>
-inline void convolve_row(const typename A::Factor* origin, int64_t pitch, int64_t inputs, int64_t width, int64_t taps,
-                         const int64_t* at, const typename A::Number* weight, const float* bias, F finish) {
-    over_blocks(width, [&](auto pixels, int64_t column) {
-        constexpr int M = pixels;
-        typename A::template Sums<M, N> sums(bias);
-        for (int64_t tap = 0; tap < taps; ++tap)
-            sums.add(origin + (at[2 * tap] * pitch + at[2 * tap + 1] + column) * inputs, inputs,
-                     weight + tap * inputs * N * A::LANES, inputs);
-        finish(sums, column);
-    });
-}
-
-// sums (M) += K taps side by side of a depthwise kernel; pixels are TILE numbers apart, taps of the weight `apart`.
-template <class A, int K, int M>
-inline __attribute__((always_inline)) void slide(
-    typename A::Vector (&sums)[M], const typename A::Number* from, const typename A::Number* weight, int64_t apart) {
-    typename A::Vector pixels[M + K - 1];
-#pragma GCC unroll 12
-    for (int m = 0; m < M + K - 1; ++m) pixels[m] = load(from + m * TILE<A>);
-#pragma GCC unroll 5
-    for (int k = 0; k < K; ++k) {
-        const typename A::Vector tap = load(weight + k * apart);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums[m] += pixels[m + k] * tap;
-    }
-}
-
-// As `slide` for one tap, with `stride` pixels from one output to the next.
-template <class A, int M>
-inline __attribute__((always_inline)) void stride_over(
-    typename A::Vector (&sums)[M], const typename A::Number* from, const typename A::Number* weight, int64_t stride) {
-    const typename A::Vector tap = load(weight);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sums[m] += load(from + m * stride * TILE<A>) * tap;
-}
 
 // A row of a depthwise convolution of N vectors of channels, activated. `at`: taps, row after row.
 template <class A, class Activation, int N>
@@ -144,13 +94,13 @@ inline void convolve_depthwise_row(const typename A::Number* origin, int64_t pit
                         && at[2 * last + 1] == at[2 * tap + 1] + count - 1;
                 };
                 if (beside(5)) {
-                    slide<A, 5>(sums, from, kernel, N * A::LANES);
+                    slide<A, 5, TILE<A>>(sums, from, kernel, N * A::LANES);
                     tap += 5;
                 } else if (beside(3)) {
-                    slide<A, 3>(sums, from, kernel, N * A::LANES);
+                    slide<A, 3, TILE<A>>(sums, from, kernel, N * A::LANES);
                     tap += 3;
                 } else {
-                    stride_over<A>(sums, from, kernel, stride);
+                    stride_over<A, TILE<A>>(sums, from, kernel, stride);
                     tap += 1;
                 }
             }

@@ -2,7 +2,7 @@
 //
 // A pixel's components are the numbers of a vector, or of several.
 
-#include "vectors.h"
+#include "products.h"
 
 extern "C" {
 

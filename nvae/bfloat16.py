@@ -1,0 +1,43 @@
+"""Where bfloat16 tensors are computed with in float16: CPUs that multiply float16 fast and bfloat16 slowly.
+
+Such a CPU has AVX512-FP16 and no matrix unit (AMX), or a system that hides it: it multiplies bfloat16 numbers at half
+of float32's rate, float16 numbers at twice that rate. Numbers are scaled by powers of two to fit float16, which rounds
+eight times finer than bfloat16, and long sums go on in float32 (nvae/kernels/bfloat16.h).
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .native import library
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def pays(source: Path) -> bool:
+    """Whether this is such a CPU, and the library of a C++ file can be had."""
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        return False
+    made = library(source)
+    return made is not None and bool(made.has_float16())
+
+
+def made_from(source: Path) -> ctypes.CDLL:
+    """The library of a C++ file, where it `pays`."""
+    made = library(source)
+    assert made is not None
+    return made
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) by its strides, also where an axis of length 1 would let PyTorch leave others."""
+    _, channels, height, width = x.shape
+    if x.stride() == (height * width * channels, 1, width * channels, channels):
+        return x
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def address(x: Tensor | None) -> int | None:
+    """Of its first number."""
+    return None if x is None else x.data_ptr()
