@@ -62,8 +62,8 @@ def speed(args: argparse.Namespace, what: str) -> Table:
     ways = ways_of(args, workload.device)
     peaks: dict[str, float] = {}
     if what == "train":
-        types = {way.precision: AUTOCAST.get(way.precision, torch.float32) for way in ways}
-        peaks = {precision: matrix_peak(workload.device, dtype) for precision, dtype in types.items()}
+        precisions = dict.fromkeys(way.precision for way in ways)
+        peaks = {precision: matrix_peak(workload.device, precision) for precision in precisions}
     for batch in args.batch:
         workload = replace(workload, batch=batch)
         model = workload.trained()
