@@ -15,6 +15,7 @@ from nvae.benchmark.machine import matrix_peak, training_gflop
 from nvae.benchmark.plain import make_plain
 from nvae.benchmark.timing import Times, in_turns
 from nvae.benchmark.workloads import MODELS, WORK, Way, Workload
+from nvae.commands import benchmark as commands
 from nvae.config import UserError
 from nvae.convolutions import Conv2d
 from nvae.models.nvae import NVAE, NVAEConfig
@@ -169,6 +170,20 @@ def test_the_command_prints_tables_and_writes_them(tmp_path: Path, capsys: pytes
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["train"]["batch 1"]) == {"plain fp32", "plain bf16", "ours fp32", "ours bf16"}
     assert figures["sample"]["batch 2"]["plain fp32"]["faster"] == 1
+
+
+def test_the_table_of_the_data_leaves_the_threads_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    during: list[int] = []
+    found = {"resident_milliseconds": 1.0, "loader_rate": 1.0, "decoder_rate": 1.0}
+    for name, rate in found.items():
+        monkeypatch.setattr(commands, name, lambda *_, rate=rate: during.append(torch.get_num_threads()) or rate)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        call("scripts/benchmark", "data", "--rounds", "1", "--device", "cpu")
+        assert set(during) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_family_without_a_plain_mode_is_refused() -> None:
