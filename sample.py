@@ -6,7 +6,7 @@
     sample.py runs/cifar10 reconstruct --groups 1 5 10 30
     sample.py runs/cifar10 interpolate --steps 24 --animation .webp
     sample.py runs/cifar10 traverse --group 0
-    sample.py runs/cifar10 neighbours --temperature 0.7
+    sample.py runs/cifar10 neighbours --temperature 0.7            samples beside the nearest training images
     torchrun --nproc-per-node 8 sample.py runs/cifar10 --num 50000 --format npz
 
 Pictures are written to samples/ in the run's folder.
@@ -15,7 +15,8 @@ Pictures are written to samples/ in the run's folder.
 from argparse import Namespace
 
 from nvae.commands import latents, samples
-from nvae.commands.arguments import natural, numbers, parser_of, subject_of
+from nvae.commands.arguments import natural, numbers, parser_of, refuse_others, subject_of
+from nvae.config import UserError
 from nvae.distributed import rank
 from nvae.run import command
 
@@ -26,14 +27,26 @@ ACTIONS = {
     "traverse": latents.write_traversal,
     "neighbours": latents.write_neighbours,
 }
+OPTIONS = {
+    "images": ("temperature", "readjust", "batch", "grid", "pixels", "format"),
+    "reconstruct": ("temperature", "split", "first", "groups"),
+    "interpolate": ("split", "first", "steps", "animation"),
+    "traverse": ("split", "first", "group", "steps"),
+    "neighbours": ("temperature", "readjust", "nearest"),
+}
+"""Those that not every action takes."""
+TEMPERATURE = """multiplies σ of every prior (default: 1): one value, or one per scale (smallest first) or latent group,
+with commas. images: of the samples, several for a picture each; neighbours: of the samples; reconstruct: of the groups
+beyond the first k"""
 
 
 def parse() -> Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("action", nargs="?", choices=ACTIONS, default="images", help="default: images, that is samples")
-    parser.add_argument("--temperature", type=numbers, nargs="+", default=[[1.0]], help="default: 1")
+    parser.add_argument("--temperature", type=numbers, nargs="+", metavar="T", default=[[1.0]], help=TEMPERATURE)
     parser.add_argument("--num", type=natural, help="samples, or images looked at (default: 64, else 8)")
     images = parser.add_argument_group("images")
+    images.add_argument("--batch", type=natural, default=16, help="images sampled at once (default: 16)")
     images.add_argument("--grid", type=natural, metavar="COLUMNS", help="of the overview (default: a square, to 10)")
     images.add_argument("--pixels", choices=("mean", "draw"), default="mean", help="of the likelihood (default: mean)")
     images.add_argument("--format", choices=("png", "npz"), default="png", help="of the single images (default: png)")
@@ -45,7 +58,13 @@ def parse() -> Namespace:
     other.add_argument("--steps", type=natural, default=11, help="interpolate, traverse: pictures (default: 11)")
     other.add_argument("--animation", choices=(".gif", ".webp"), default=".gif", help="interpolate (default: .gif)")
     other.add_argument("--nearest", type=natural, default=5, help="neighbours: of each sample (default: 5)")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    refuse_others(parser, args, args.action, OPTIONS)
+    if args.action != "images" and len(args.temperature) > 1:
+        raise UserError(
+            f"--temperature: {args.action} takes one, found {len(args.temperature)}; only images takes several"
+        )
+    return args
 
 
 def main() -> int:

@@ -149,7 +149,8 @@ def ladder(samples: int) -> list[int]:
 def bounds_of(log_weights: Tensor) -> dict[int, Tensor]:
     """K -> minus the bound (B,) of each rung of the ladder, all from the same log weights (K, B).
 
-    A rung below K is the mean over the disjoint blocks of its length, so every draw counts on every rung.
+    A rung below K is the mean over the disjoint blocks of its length; draws that fill no block don't count there.
+    Where every rung divides K, each has the same draws, and so (Jensen) none is better than the next, image by image.
     """
     total, batch = log_weights.shape
     bounds = {}

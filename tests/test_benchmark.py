@@ -1,7 +1,7 @@
 """The plain mode computes what ours does, and the benchmark's command runs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from conftest import KINDS
 from entry_scripts import ROOT, call
 
 from nvae.benchmark.extent import Line, saved_mib_per_image
-from nvae.benchmark.machine import training_gflop
+from nvae.benchmark.machine import matrix_peak, training_gflop
 from nvae.benchmark.plain import make_plain
 from nvae.benchmark.timing import Times, in_turns
 from nvae.benchmark.workloads import MODELS, WORK, Way, Workload
+from nvae.commands import benchmark as commands
 from nvae.config import UserError
 from nvae.convolutions import Conv2d
 from nvae.models.nvae import NVAE, NVAEConfig
+from nvae.precision import Precision
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, error: float = 1e-4, floor: float = 0.0) -> None:
@@ -54,6 +56,36 @@ def test_the_plain_network_has_the_same_loss_gradients_and_statistics(
 def test_everything_that_is_timed_runs(tiny_config: Callable[..., NVAEConfig], what: str, way: Way) -> None:
     workload = Workload(tiny_config(flows=1), 2, torch.device("cpu"), samples=2)
     WORK[what](workload, workload.trained(), way)()
+
+
+@pytest.fixture
+def products() -> Iterator[Callable[[], tuple[str, bool]]]:
+    """What CUDA goes by in float32 products: the flag of matrices, and that of convolutions. Later put back."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
+@pytest.mark.parametrize("what", WORK)
+def test_ways_that_take_turns_have_tf32_only_where_they_say_so(
+    tiny_config: Callable[..., NVAEConfig], products: Callable[[], tuple[str, bool]], what: str, plain: bool
+) -> None:
+    workload = Workload(tiny_config(groups=1), 2, torch.device("cpu"), samples=2)
+    precisions: list[Precision] = ["fp32", "tf32", "bf16"]
+    ways = [Way(precision, plain) for precision in precisions]
+    actions = {way.precision: WORK[what](workload, workload.trained(), way) for way in ways}
+    for precision in ("tf32", "fp32", "tf32", "bf16"):
+        actions[precision]()
+        assert products() == (("high", True) if precision == "tf32" else ("highest", False))
+
+
+def test_the_peak_of_matrix_products_is_that_of_their_precision(products: Callable[[], tuple[str, bool]]) -> None:
+    expected: dict[Precision, str] = {"tf32": "high", "fp32": "highest"}
+    for precision, found in expected.items():
+        assert matrix_peak(torch.device("cpu"), precision, size=8) > 0
+        assert products()[0] == found
 
 
 def test_plain_and_ours_evaluate_to_the_same(tiny_config: Callable[..., NVAEConfig]) -> None:
@@ -138,6 +170,20 @@ def test_the_command_prints_tables_and_writes_them(tmp_path: Path, capsys: pytes
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["train"]["batch 1"]) == {"plain fp32", "plain bf16", "ours fp32", "ours bf16"}
     assert figures["sample"]["batch 2"]["plain fp32"]["faster"] == 1
+
+
+def test_the_table_of_the_data_leaves_the_threads_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    during: list[int] = []
+    found = {"resident_milliseconds": 1.0, "loader_rate": 1.0, "decoder_rate": 1.0}
+    for name, rate in found.items():
+        monkeypatch.setattr(commands, name, lambda *_, rate=rate: during.append(torch.get_num_threads()) or rate)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        call("scripts/benchmark", "data", "--rounds", "1", "--device", "cpu")
+        assert set(during) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_family_without_a_plain_mode_is_refused() -> None:

@@ -23,6 +23,7 @@ from nvae.config import UserError, dump_yaml
 from nvae.data.loading import evaluation_batches
 from nvae.data.sets import open_images
 from nvae.evaluation import evaluate_batches
+from nvae.models.nvae import NVAE
 from nvae.models.registry import build
 from nvae.run import AnyRunConfig, run_config
 
@@ -292,6 +293,65 @@ def test_every_look_at_the_latents_writes_its_strip(
 def test_options_may_stand_before_the_action(run: Path) -> None:
     assert call("sample", run, "--num", 2, "reconstruct") == 0
     assert (run / "samples/reconstructions.png").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["sample", "sample reconstruct", "sample interpolate", "sample traverse", "sample neighbours", "evaluate --report"],
+)
+def test_pictures_are_computed_in_the_precision_asked_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    seen, original = set(), NVAE.sample
+
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        seen.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(NVAE, "sample", sample)
+    script, *arguments = command.split()
+    for precision, expected in (("fp32", False), ("bf16", torch.bfloat16)):
+        seen.clear()
+        call(script, run, *arguments, "--precision", precision)
+        assert seen == {expected}
+
+
+def test_neighbours_are_of_readjusted_samples_where_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvae.commands.samples.READJUSTMENT", {"batches": 4, "batch": 8})
+    pictures = []
+    for option in ([], ["--readjust"]):
+        call("sample", run, "neighbours", "--num", 2, "--temperature", "0.6", *option)
+        pictures.append((run / "samples/neighbours.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("sample reconstruct --readjust", "--readjust: has no effect on reconstruct, only on images, neighbours"),
+        (
+            "sample interpolate --temperature 0.7",
+            "--temperature: has no effect on interpolate, only on images, reconst",
+        ),
+        ("sample traverse --batch 4", "--batch: has no effect on traverse, only on images"),
+        ("sample --steps 4", "--steps: has no effect on images, only on interpolate, traverse"),
+        (
+            "sample neighbours --temperature 0.7 0.8",
+            "--temperature: neighbours takes one, found 2; only images takes sev",
+        ),
+        ("evaluate --readjust", "--readjust: has no effect on bounds, only on --fid, --report"),
+        (
+            "evaluate --report --importance-samples 10",
+            "--importance-samples: has no effect on --report, only on bounds",
+        ),
+        ("evaluate --fid --compile", "--compile: has no effect on --fid, only on bounds"),
+    ],
+    ids=lambda value: value if value.startswith(("sample", "evaluate")) else "",
+)
+def test_options_that_would_have_no_effect_are_refused(run: Path, command: str, sentence: str) -> None:
+    script, *arguments = command.split()
+    with pytest.raises(UserError, match=sentence):
+        call(script, run, *arguments)
 
 
 def test_images_beyond_the_split_are_an_error(run: Path) -> None:

@@ -11,7 +11,11 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae import fusion
+from nvae.config import validate
+from nvae.evaluation import Evaluator
+from nvae.models.base import Family
 from nvae.models.nvae import NVAE, NVAEConfig
+from nvae.models.vdvae import VDVAE, VDVAEConfig
 
 OPERATORS_PER_GROUP = 622
 """Of an update, with a cell in each tower: what it was when this was last looked at."""
@@ -33,7 +37,7 @@ def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
 
 
-def updates(model: NVAE, count: int) -> list[int]:
+def updates(model: Family[Any], count: int) -> list[int]:
     """The number of graphs after each of `count` updates."""
     optimiser, graphs = torch.optim.SGD(model.parameters(), lr=1e-4), []
     images = torch.rand(2, 3, model.config.image_size, model.config.image_size)
@@ -101,6 +105,40 @@ def test_compiled_code_says_the_same(tiny_config: Callable[..., NVAEConfig]) -> 
         expected = model(images, noise)
         model.compile_parts()
         found = model(images, noise)
+    torch.testing.assert_close(found.likelihood.params, expected.likelihood.params, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.log_weight, expected.log_weight, rtol=1e-5, atol=1e-3)
+
+
+def very_deep(decoder: str) -> VDVAE:
+    section = {"image_size": 8, "likelihood": {"components": 2}, "width": 8, "input_mean": 120.0, "input_std": 64.0}
+    return VDVAE(validate(VDVAEConfig, {**section, "encoder": "8d8,1x1", "decoder": decoder}, "very deep"))
+
+
+@pytest.mark.usefixtures("without_code")
+def test_a_very_deep_vae_has_a_graph_for_each_kind_of_block_in_training_and_in_evaluation() -> None:
+    """Recomputed blocks are the harder kind."""
+    found = []
+    for decoder in ("1x2,8m1", "1x6,8m1"):
+        torch._dynamo.reset()
+        counters.clear()
+        model = very_deep(decoder).train()
+        model.set_recomputation("cells")
+        model.compile_parts()
+        graphs = updates(model, 4)
+        assert graphs[1] == graphs[-1], "recompiled after the second update"
+        Evaluator(model.eval().for_inference(), samples=2).measure(torch.rand(2, 3, 8, 8), [0, 1])
+        found.append((graphs[-1], counters["stats"]["unique_graphs"]))
+        assert dict(counters["graph_break"]) == {}
+    assert found[0] == found[1] and 0 < found[0][0] < found[0][1]
+
+
+def test_a_compiled_very_deep_vae_says_the_same() -> None:
+    model = very_deep("1x1,8m1").eval()
+    images, noise = torch.rand(2, 3, 8, 8), [torch.randn(shape) for shape in model.latent_shapes(2)]
+    with torch.no_grad():
+        expected = model.decode(model.encode(images), noise)
+        model.compile_parts()
+        found = model.decode(model.encode(images), noise)
     torch.testing.assert_close(found.likelihood.params, expected.likelihood.params, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.log_weight, expected.log_weight, rtol=1e-5, atol=1e-3)
 

@@ -93,11 +93,26 @@ def test_the_bound_tightens_with_the_number_of_samples(measured: Figures) -> Non
     assert means[0] - means[-1] > 0.2
 
 
-def test_every_draw_counts_on_every_rung() -> None:
+def test_every_draw_counts_on_every_rung_that_divides_k() -> None:
     log_weights = torch.randn(20, 3, dtype=torch.float64)
     halves = [torch.logsumexp(half, 0) - math.log(10) for half in log_weights.chunk(2)]
     assert torch.allclose(bounds_of(log_weights)[10], -(halves[0] + halves[1]) / 2)
     assert torch.allclose(bounds_of(log_weights)[1], -log_weights.mean(0))
+
+
+def test_a_rung_is_never_better_than_the_next_where_all_divide_k() -> None:
+    log_weights = 3 * torch.randn(200, 50, dtype=torch.float64)
+    rungs = list(bounds_of(log_weights).values())
+    assert len(rungs) == 4
+    for lower, higher in pairwise(rungs):
+        assert bool((higher <= lower).all())
+
+
+def test_draws_too_few_for_one_more_block_count_on_shorter_rungs_only() -> None:
+    """K = 15: with poor draws first and good ones last, the rung of 10 misses the good ones, and is the worst."""
+    log_weights = torch.cat([torch.full((10, 1), -50.0), torch.zeros(5, 1)]).double()
+    found = {samples: float(bound) for samples, bound in bounds_of(log_weights).items()}
+    assert found == pytest.approx({1: 50 * 10 / 15, 10: 50.0, 15: math.log(3)})
 
 
 def test_the_ladder_ends_with_the_number_asked_for() -> None:

@@ -150,6 +150,20 @@ def test_running_statistics_move_by_a_twentieth() -> None:
     assert norm.num_batches_tracked == 1
 
 
+def test_running_statistics_forget_a_twentieth_a_batch_in_float64() -> None:
+    """The closed form, batches of any size counting alike: 0.95ⁿ of the start, 0.05 · 0.95ⁿ⁻ⁱ of batch i."""
+    norm, batches = BatchNorm(6).double(), [images(size).double() for size in (1, 2, 5, 3, 4, 2, 7)]
+    for x in batches:
+        norm(x)
+    moments = torch.stack([torch.stack([x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).var(1)]) for x in batches])
+    n = len(batches)
+    weights = 0.05 * 0.95 ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
+    mean, var = (weights[:, None, None] * moments).sum(0)
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, 0.95**n + var, rtol=1e-12, atol=1e-12)
+    assert norm.num_batches_tracked == n
+
+
 def test_copies_of_a_pixel_count_in_the_running_variance() -> None:
     """Only there: mean and biased variance of an enlarged image are those of the image."""
     once, enlarged, x = BatchNorm(6, copies=4), BatchNorm(6), images()

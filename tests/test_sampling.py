@@ -128,6 +128,29 @@ def test_readjusted_statistics_are_those_of_the_samples(model: NVAE) -> None:
         assert torch.allclose(norms[name].running_var, var, rtol=0.35, atol=1e-6)
 
 
+def test_readjusted_statistics_are_plain_averages_over_the_batches(
+    model: NVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All batches count alike, whatever came before: against float64, from what each batch norm was given."""
+    seen: dict[BatchNorm, list[Tensor]] = {}
+    original = BatchNorm._measure
+
+    def measure(norm: BatchNorm, x: Tensor) -> Tensor:
+        mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+        count = x.numel() // x.shape[1] * norm.copies
+        seen.setdefault(norm, []).append(torch.stack([mean, var * count / (count - 1)]))
+        return original(norm, x)
+
+    monkeypatch.setattr(BatchNorm, "_measure", measure)
+    readjust(model, 0.6, batches=5, batch=3)
+    assert len(seen) > 10
+    for norm, moments in seen.items():
+        assert len(moments) == 5
+        mean, var = torch.stack(moments).mean(0)
+        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-5 * float(var.max().sqrt()))
+        torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-5, atol=1e-7 * float(var.max()))
+
+
 def test_readjusting_leaves_the_encoder_and_the_weights_alone(model: NVAE) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     readjust(model, 0.6, batches=3, batch=4)

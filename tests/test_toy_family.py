@@ -61,5 +61,7 @@ def test_it_is_evaluated_and_sampled_by_the_same_commands(runs: Path, capsys: py
 def test_what_it_cannot_do_is_a_clear_error(runs: Path) -> None:
     with pytest.raises(UserError, match="Toy takes none, it has no density of its latents"):
         call("evaluate", runs / "toy", "--importance-samples", 10)
+    with pytest.raises(UserError, match="--compile: Toy names no parts to compile for evaluation"):
+        call("evaluate", runs / "toy", "--compile")
     with pytest.raises(UserError, match="Toy: its latents are not Normal"):
         call("sample", runs / "toy", "interpolate")

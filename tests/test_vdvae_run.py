@@ -1,6 +1,7 @@
 """The Very Deep VAE through the same commands as every family: trained, cut short, on two ranks, evaluated, opened."""
 
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from processes import start_ranks
 from test_commands import call, results_of
 from tiny_run import TINY, checkpoint, column, differences, log, tiny_run
+from torch import nn
+from torch._dynamo.utils import counters
 
 from nvae import run
 from nvae.config import UserError, apply_overrides
@@ -151,6 +154,15 @@ def test_it_is_evaluated_like_any_other(trained: Path) -> None:
     estimates = entry["estimates"]
     assert estimates["bound_10"]["nats"] < estimates["bound_1"]["nats"]
     assert entry["weights"] == "ema"
+
+
+def test_its_evaluation_is_compiled_where_asked_for(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    assert call("evaluate", trained, "--importance-samples", 2, "--limit", 4, "--seed", 1, "--compile") == 0
+    assert counters["stats"]["unique_graphs"] > 0 and dict(counters["graph_break"]) == {}
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

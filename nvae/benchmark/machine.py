@@ -13,12 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..config import UserError
 from ..convolutions import Conv2d
 from ..models.nvae import NVAE, NVAEConfig
+from ..precision import AUTOCAST, Precision, allow_tf32
 from .plain import make_plain
 from .timing import synchronise
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 9) -> float:
-    """GFLOP/s of a square matrix product, measured."""
+def matrix_peak(device: torch.device, precision: Precision, size: int | None = None, repeats: int = 9) -> float:
+    """GFLOP/s of a square matrix product in a precision, measured."""
+    allow_tf32(precision)
+    dtype = AUTOCAST.get(precision, torch.float32)
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []

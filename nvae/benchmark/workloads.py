@@ -1,8 +1,10 @@
 """What is timed: an update, importance-weighted evaluation, sampling; ours and plain, of the same weights."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,7 +12,7 @@ from ..evaluation import Evaluator
 from ..models.nvae import NVAE, NVAEConfig
 from ..objective import importance_weighted_bound
 from ..optim import OptimConfig, build_optimiser
-from ..precision import Precision, autocast
+from ..precision import Precision, allow_tf32, autocast
 from ..sampling import sample_images
 from .plain import make_plain
 from .timing import Action
@@ -76,6 +78,11 @@ class Workload:
         shape = (self.batch, config.image_channels, config.image_size, config.image_size)
         return torch.rand(shape, generator=generator).to(self.device)
 
+    def _computing(self, way: Way) -> AbstractContextManager[Any]:
+        """The context of a forward pass. Ways take turns, so each says anew what float32 products are, backward too."""
+        allow_tf32(way.precision)
+        return autocast(self.device, way.precision)
+
     def training(self, model: NVAE, way: Way) -> Action:
         """One update."""
         model = deepcopy(model).train()
@@ -92,7 +99,7 @@ class Workload:
 
         def update() -> None:
             optimiser.zero_grad()
-            with autocast(self.device, way.precision):
+            with self._computing(way):
                 output = model(images)
             loss, _ = model.loss(output, progress=1.0)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -108,7 +115,7 @@ class Workload:
 
             @torch.no_grad()
             def passes() -> None:
-                with autocast(self.device, way.precision):
+                with self._computing(way):
                     log_weights = [model(images).log_weight for _ in range(self.samples)]
                 importance_weighted_bound(torch.stack(log_weights))
 
@@ -116,7 +123,7 @@ class Workload:
         evaluator = Evaluator(_inference(model, way), samples=self.samples)
 
         def measure() -> None:
-            with autocast(self.device, way.precision):
+            with self._computing(way):
                 evaluator.measure(images, range(self.batch))
 
         return measure
@@ -129,14 +136,14 @@ class Workload:
 
             @torch.no_grad()
             def draw() -> None:
-                with autocast(self.device, way.precision):
+                with self._computing(way):
                     model.sample(self.batch, 0.7).mean()
 
             return draw
         ready = _inference(model, way)
 
         def draw_keyed() -> None:
-            with autocast(self.device, way.precision):
+            with self._computing(way):
                 sample_images(ready, range(self.batch), 0.7)
 
         return draw_keyed

@@ -1,12 +1,13 @@
 """Arguments that evaluate.py and sample.py share."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
 from .. import distributed
+from ..config import UserError
 from ..precision import Precision
 from .subject import Subject, open_subject
 
@@ -22,11 +23,25 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
     parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of bounds and samples")
-    parser.add_argument("--batch", type=natural, help="images encoded, or sampled, at once (default: the run's)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of whatever is computed")
     parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
-    parser.add_argument("--readjust", action="store_true", help="before sampling, fit batch norm to the temperature")
+    parser.add_argument(
+        "--readjust", action="store_true", help="fit batch norm to the temperature of the samples first"
+    )
     return parser
+
+
+def refuse_others(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, action: str, taken: Mapping[str, Collection[str]]
+) -> None:
+    """Raises UserError where an option was given that other actions take, and this one would ignore.
+
+    `taken`: of the options that not every action takes, the names of those that each of them does.
+    """
+    for option in dict.fromkeys(option for options in taken.values() for option in options):
+        if option not in taken[action] and getattr(args, option) != parser.get_default(option):
+            users = ", ".join(other for other, options in taken.items() if option in options)
+            raise UserError(f"--{option.replace('_', '-')}: has no effect on {action}, only on {users}")
 
 
 def natural(text: str) -> int:

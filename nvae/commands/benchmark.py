@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,8 +63,8 @@ def speed(args: argparse.Namespace, what: str) -> Table:
     ways = ways_of(args, workload.device)
     peaks: dict[str, float] = {}
     if what == "train":
-        types = {way.precision: AUTOCAST.get(way.precision, torch.float32) for way in ways}
-        peaks = {precision: matrix_peak(workload.device, dtype) for precision, dtype in types.items()}
+        precisions = dict.fromkeys(way.precision for way in ways)
+        peaks = {precision: matrix_peak(workload.device, precision) for precision in precisions}
     for batch in args.batch:
         workload = replace(workload, batch=batch)
         model = workload.trained()
@@ -132,13 +133,21 @@ def scaling(args: argparse.Namespace) -> Table:
     return lines, figures
 
 
-def data(args: argparse.Namespace) -> Table:
-    """Images from memory, and from a store of 256×256 images against the decoder alone.
-
-    This process keeps to one thread, since loader processes need the other processors.
-    """
-    device = torch.device(device_type(args.device, "--device"))
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, this process keeps to one thread, since loader processes need the other processors."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
+def data(args: argparse.Namespace) -> Table:
+    """Images from memory, and from a store of 256×256 images against the decoder alone."""
+    device = torch.device(device_type(args.device, "--device"))
     resident = resident_milliseconds(device)
     lines = ["data", f"  in memory, with flips: {resident:.2f} ms per 32 images of 32×32"]
     figures: Figures = {"resident_milliseconds": resident}

@@ -8,11 +8,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..config import UserError
 from ..data.loading import Batch, evaluation_batches
 from ..data.sets import open_images
 from ..data.splits import Split
 from ..distributed import barrier, from_rank_zero, rank, world_size
 from ..evaluation import check_samples, evaluate, has_importance_weights
+from ..models.base import Family
 from ..results import circumstances, key_of, read_results, record
 from .subject import Subject
 
@@ -47,8 +49,10 @@ def evaluate_bounds(
     """The entry of results.json for a measurement: found there, or measured now by all ranks and added.
 
     An evaluation that was stopped goes on where it was. `batch`: images encoded at once (None: the run's); `rows`:
-    images × draws decoded at once (None: as suits their size).
+    images × draws decoded at once (None: as suits their size). Raises UserError where compiling would change nothing.
     """
+    if compile_model and type(subject.model).compile_parts is Family.compile_parts:
+        raise UserError(f"--compile: {type(subject.model).__name__} names no parts to compile for evaluation; omit it")
     identity = _identity(subject, asked)
     results, key = subject.folder / "results.json", key_of(identity)
     known: dict[str, Any] | None = from_rank_zero(read_results(results).get(key))

@@ -18,6 +18,7 @@ from ..data.splits import Split
 from ..distributed import rank
 from ..pictures import save_animation, save_png, strip
 from ..sampling import sample_images, temperature_of
+from .samples import model_at
 from .subject import Subject
 
 ROWS = 8
@@ -28,9 +29,11 @@ def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
     model = subject.model.for_inference()
     images = images_of(subject, args.split, args.first, args.num or ROWS, seed=args.seed)
     at = temperature_of(args.temperature[0], model)
-    found = [
-        latent_space.reconstruct(model, images, groups=groups, temperature=at, seed=args.seed) for groups in args.groups
-    ]
+    with subject.autocast():
+        found = [
+            latent_space.reconstruct(model, images, groups=groups, temperature=at, seed=args.seed)
+            for groups in args.groups
+        ]
     yield str(_save(subject, "reconstructions", torch.stack([cropped(subject, images), *found])))
 
 
@@ -38,7 +41,8 @@ def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
     """From each image to another one: a strip, and an animation."""
     images = images_of(subject, args.split, args.first, 2 * (args.num or ROWS), seed=args.seed)
     first, second = images.chunk(2)
-    frames = latent_space.interpolate(subject.model.for_inference(), first, second, args.steps, seed=args.seed)
+    with subject.autocast():
+        frames = latent_space.interpolate(subject.model.for_inference(), first, second, args.steps, seed=args.seed)
     still = _save(subject, "interpolation", frames)
     yield str(still)
     moving = still.with_suffix(args.animation)
@@ -50,15 +54,17 @@ def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
 def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image as one latent group is turned; the image as it is stands in the middle."""
     images = images_of(subject, args.split, args.first, args.num or ROWS, seed=args.seed)
-    frames = latent_space.traverse(subject.model.for_inference(), images, args.group, args.steps, seed=args.seed)
+    with subject.autocast():
+        frames = latent_space.traverse(subject.model.for_inference(), images, args.group, args.steps, seed=args.seed)
     yield str(_save(subject, f"traversal-group{args.group}", frames))
 
 
 def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
     """Samples, each beside the training images nearest to it."""
-    model = subject.model.for_inference()
+    model = model_at(subject, args.temperature[0], readjust=args.readjust, seed=args.seed)
     at = temperature_of(args.temperature[0], model)
-    samples = sample_images(model, range(args.num or ROWS), at, seed=args.seed)
+    with subject.autocast():
+        samples = sample_images(model, range(args.num or ROWS), at, seed=args.seed)
     data = subject.data.model_copy(update={"binarize": False, "padding": 0})
     training = open_images(data, "train")
     batches = evaluation_batches(training, data, batch=1024, device=subject.device, seed=args.seed)

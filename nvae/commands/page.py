@@ -41,7 +41,8 @@ CHARTS = (
 def write_page(subject: Subject, *, seed: int = 0, readjust: bool = False) -> Path:
     """Writes report.html into the subject's folder."""
     path = subject.folder / "report.html"
-    page = page_of(subject, seed=seed, readjust=readjust)
+    with subject.autocast():
+        page = page_of(subject, seed=seed, readjust=readjust)
     if rank() == 0:
         with atomic_file(path) as file:
             file.write(render(page).encode())

@@ -35,7 +35,7 @@ def write_all(subject: Subject, args: Namespace) -> Iterator[str]:
             count=args.num or 64,
             seed=args.seed,
             columns=args.grid,
-            batch=args.batch or 16,
+            batch=args.batch,
             pixels=args.pixels,
             readjust=args.readjust,
             form=args.format,

@@ -213,7 +213,10 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         return self.eval()
 
     def compile_parts(self) -> None:
-        """Compiles, in place, the parts whose compilation pays (`torch.compile`); the first passes then take longer."""
+        """Compiles, in place, the parts whose compilation pays (`torch.compile`); the first passes then take longer.
+
+        Here that is `forward`, which training calls and evaluation does not: a family names its parts itself.
+        """
         self.compile()
 
     @property

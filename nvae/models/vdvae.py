@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS
 from ..config import UserError
 from ..convolutions import Conv2d, Geometry, convolve, convolve_activated, for_autocast
+from ..fusion import compile_each
 from ..latents import Normal, at_least_float32, score, sum_with_each
 from ..likelihoods import LIKELIHOODS, Likelihood, quantise
 from ..recomputation import Recomputable
@@ -265,12 +266,12 @@ class LatentBlock(Recomputable):
         self.project = convolution(self.latent_channels, self.width, scale=scale)
         self.residual = Block(self.width, middle, self.width, self.resolution, scale)
 
-    def infer(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
+    def forward(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
         """A draw from the posterior, or the given z scored, and the state after it.
 
         x (K·B, W, R, R), below (K·B, W', R', R'), tap (B, W, R, R), noise and given (K·B, Z, R, R); K any number.
         """
-        return self.run(self._infer, x, below, tap, noise, given)
+        return self.run(self._forward, x, below, tap, noise, given)
 
     def generate(
         self, x: Tensor, below: Tensor | None, noise: Tensor, temperature: float, given: Tensor | None
@@ -280,7 +281,7 @@ class LatentBlock(Recomputable):
         p, x = self._prior(x, self.prior(x), temperature)
         return self._entered(x, p.draw(noise) if given is None else given)
 
-    def _infer(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
+    def _forward(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
         x = self._joined(x, below)
         for_prior, for_posterior = self._reduced(x, tap)
         q = Normal.from_log_sigma(self.posterior.reduced(for_posterior))
@@ -382,7 +383,7 @@ class VDVAE(Family[VDVAEConfig]):
         for i, block in enumerate(self._latent_blocks()):
             z = given[i] if i < len(given) else None
             x, below, tap = states[block.resolution], states.get(block.below), features.taps[block.resolution]
-            draws.append(block.infer(x, below, tap, noise[i], z))
+            draws.append(block(x, below, tap, noise[i], z))
             states[block.resolution] = draws[-1].state
         # In training the distributions would only hold memory until the backward pass.
         return Output.of(self._likelihood(states), features.target, draws, distributions=not self.training)
@@ -422,6 +423,10 @@ class VDVAE(Family[VDVAEConfig]):
         for module in self.modules():
             if isinstance(module, Recomputable):
                 module.recompute = mode == "cells"
+
+    def compile_parts(self) -> None:
+        """Compiles the blocks of both ways; those of a kind share their code, so depth costs no time to compile."""
+        compile_each(module for module in self.modules() if isinstance(module, Recomputable))
 
     # ----------------------------------------------------------------------------------------------------- top-down
 
