@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae import depthwise
+from nvae import bfloat16, depthwise
 from nvae.depthwise import depthwise_conv2d
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -107,3 +107,39 @@ def test_the_operators_keep_what_compilers_are_told_of_them(stride: int) -> None
     torch.library.opcheck(depthwise.forward_operator, (x, weight, bias, stride))
     torch.library.opcheck(depthwise.input_gradient_operator, (plain[2], plain[1], 7, 6, stride))
     torch.library.opcheck(depthwise.weight_gradient_operator, (plain[2], plain[0], 5, stride))
+
+
+@pytest.mark.skipif(not bfloat16.pays(depthwise.SOURCE), reason="no processor that multiplies float16 faster")
+@EVERY_STRIDE
+@pytest.mark.parametrize("size", [1e-12, 1e9], ids=["tiny", "huge"])
+def test_numbers_beyond_the_range_of_float16_are_scaled(stride: int, size: float) -> None:
+    """To within 1.25 times what rounding to bfloat16 may cost, and each image as precisely as if it were alone."""
+    x, weight = (size * torch.randn(2, 40, 9, 8)).bfloat16(), torch.randn(40, 1, 5, 5).bfloat16()
+    x[1] *= 1e-6
+    with torch.no_grad():
+        found, expected = depthwise_conv2d(x, weight, stride), reference(x.double(), weight.double(), stride)
+    grad = (size * torch.randn(found.shape)).bfloat16()
+    for image in range(2):
+        close(found[image], expected[image], 1.25 * 2**-8)
+        one = slice(image, image + 1)
+        exact = torch.nn.grad.conv2d_weight(
+            x[one].double(), weight.shape, grad[one].double(), stride, padding=2, groups=40
+        )
+        close(depthwise.weight_gradient(grad[one], x[one], 5, stride), exact, 1.25 * 2**-8)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_visible(value: float) -> None:
+    x, weight = torch.randn(2, 4, 7, 7).bfloat16(), torch.randn(4, 1, 5, 5).bfloat16()
+    x[1, 2, 3, 3] = value
+    with torch.no_grad():
+        found = depthwise_conv2d(x, weight)
+    assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().all())
+    assert not bool(depthwise.weight_gradient(x, x, 5, 1).isfinite().all())
+
+
+def test_an_empty_batch_has_an_empty_result_and_a_gradient_of_zeros() -> None:
+    x, weight = torch.zeros(0, 4, 7, 7).bfloat16(), torch.zeros(4, 1, 5, 5).bfloat16()
+    with torch.no_grad():
+        assert depthwise_conv2d(x, weight).shape == x.shape
+    assert not bool(depthwise.weight_gradient(x, x, 5, 1).any())
