@@ -354,6 +354,20 @@ def test_options_that_would_have_no_effect_are_refused(run: Path, command: str, 
         call(script, run, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--num", "0", "argument --num: takes a whole number from 1 on, found '0'"),
+        ("--num", "many", "argument --num: takes a whole number from 1 on, found 'many'"),
+        ("--temperature", "0.5;1", "argument --temperature: takes a number, or several with commas, found '0.5;1'"),
+    ],
+)
+def test_a_mistyped_number_says_what_is_allowed(run: Path, capsys: Any, option: str, value: str, sentence: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        call("sample", run, option, value)
+    assert sentence in capsys.readouterr().err
+
+
 def test_images_beyond_the_split_are_an_error(run: Path) -> None:
     with pytest.raises(UserError, match="the test split has 297 images; found --first 290 and 8"):
         call("sample", run, "reconstruct", "--first", 290)

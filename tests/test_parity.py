@@ -26,6 +26,9 @@ TOLERANCE = 1e-5
 ROOT = Path(os.environ.get("NVAE_PARITY_DIR", Path(__file__).parent / "parity"))
 CASES = sorted(path.parent for path in ROOT.glob("*/expected.json"))
 assert CASES, f"{ROOT} holds no parity cases"
+QUICK = ("arch_mbconv_sep", "cifar10_flow")
+"""Compiled without --full: separable cells in both towers, and a flow. Several scales would take two minutes more:
+tests/test_compiling.py compiles two in a smaller model."""
 
 
 def assert_close(ours: Tensor | float, reference: Tensor | float) -> None:
@@ -101,9 +104,10 @@ def assert_evaluation(case: Case, model: NVAE) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[] if i < 2 else pytest.mark.full, id=case.name) for i, case in enumerate(CASES)],
+    [pytest.param(case, marks=[] if case.name in QUICK else pytest.mark.full, id=case.name) for case in CASES],
     indirect=True,
 )
+@pytest.mark.timeout(900)  # three scales with flows take five minutes on a core
 def test_compiled_parts(case: Case) -> None:
     """In evaluation, and in a pass of training with its gradients against uncompiled ones."""
     torch._dynamo.reset()

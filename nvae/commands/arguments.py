@@ -46,15 +46,17 @@ def refuse_others(
 
 def natural(text: str) -> int:
     """A whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1 on, found '{text}'")
+    return int(text)
 
 
 def numbers(text: str) -> list[float]:
     """Numbers with commas between."""
-    return [float(number) for number in text.split(",")]
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number, or several with commas, found '{text}'") from None
 
 
 @contextmanager
