@@ -112,7 +112,7 @@ class Convolution(_Packed):
         kernel, at = _taps(_kernel(convolution)[None], convolution.geometry.dilation)  # (1, T, O, C), (T, 2)
         super().__init__([kernel[0].transpose(1, 2).flatten(0, 1)])
         self.convolution = convolution
-        self.others = [_bias(convolution), at]
+        self.constants = [_bias(convolution), at]
         self.sizes = [kernel.shape[2], len(at), _reach(at)]
         self.multiplies_bfloat16 = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
@@ -137,7 +137,9 @@ class Convolution(_Packed):
             both = x if other is None else torch.cat([x, other.to(x.dtype)], dim=1)
             return cast(Tensor, self.convolution(both, activation))
         function = convolution_operator if _is_compiled(x) else _convolution
-        out: Tensor = function(x, other, self.kernels(x), self.others, [*self.sizes, IN_CONVOLUTIONS.index(activation)])
+        out: Tensor = function(
+            x, other, self.kernels(x), self.constants, [*self.sizes, IN_CONVOLUTIONS.index(activation)]
+        )
         return out
 
 
@@ -172,9 +174,9 @@ class Bottleneck(_Packed):
             ]
         )
         self.scale = scale
-        self.others = [*map(_bias, (expand, spatial, project)), expand_at, spatial_at]
+        self.constants = [*map(_bias, (expand, spatial, project)), expand_at, spatial_at]
         if gate is not None:
-            self.others += [parameter.detach().cpu().float().clone() for parameter in gate.parameters()]
+            self.constants += [parameter.detach().cpu().float().clone() for parameter in gate.parameters()]
         self.sizes = [
             *project.weight.shape[1::-1],
             spatial.geometry.stride,
@@ -190,7 +192,7 @@ class Bottleneck(_Packed):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C, H, W), which `takes` must allow, skip (B, O, H', W') -> (B, O, H', W'), in the type of x."""
         function = bottleneck_operator if _is_compiled(x) else _bottleneck
-        out: Tensor = function(x, skip.to(x.dtype), self.kernels(x), self.others, self.sizes, self.scale)
+        out: Tensor = function(x, skip.to(x.dtype), self.kernels(x), self.constants, self.sizes, self.scale)
         return out
 
 
@@ -298,7 +300,7 @@ def _made() -> ctypes.CDLL:
 
 _ConvolutionStruct = structure(
     "Convolution",
-    "images height width inputs others outputs taps reach activation bfloat16 float16 strips threads",
+    "images height width inputs other_inputs outputs taps reach activation bfloat16 float16 strips threads",
     "",
     "weight weight16 bias at x other out",
 )
@@ -341,7 +343,7 @@ def _interleaved(kernels: Sequence[Tensor], count: int) -> list[Tensor | None]:
 
 
 def _convolution(
-    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int]
+    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
     x = _channels_last(x)
     images, inputs, height, width = x.shape
@@ -356,13 +358,13 @@ def _convolution(
     types = (int(x.dtype == torch.bfloat16), int(len(kernels) > 1))
     strips = _strips(images, height, 4 * (width + 2 * reach) * (inputs + more), reach, threads)
     integers = (images, height, width, inputs, more, *sizes, *types, strips, threads)
-    addresses = _addresses(*_interleaved(kernels, 1), *others, x, other, out)
+    addresses = _addresses(*_interleaved(kernels, 1), *constants, x, other, out)
     _made().convolution(ctypes.byref(_ConvolutionStruct(*integers, *addresses)))
     return out
 
 
 def _bottleneck(
-    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int], scale: float
+    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> Tensor:
     x, skip = _channels_last(x), _channels_last(skip)
     images, inputs, height, width = x.shape
@@ -376,13 +378,13 @@ def _bottleneck(
     row_bytes = 4 * ((width + 2 * expand_reach) * inputs + (width + 2 * spatial_reach) * WIDEST_TILE) * stride
     strips = _strips(images, rows, row_bytes, expand_reach + spatial_reach, threads)
     integers = (images, height, width, inputs, *sizes, *types, strips, threads)
-    gate = others[5:] if squeezed else [None] * 4
+    gate = constants[5:] if squeezed else [None] * 4
     y = sums = None
     if strips > 1 and squeezed:  # the gate waits for all strips of an image
         padded = -(-outputs // MOST_PADDING) * MOST_PADDING
         y = out.new_empty(images * strips * -(-rows // strips) * enlarge**2 * columns * padded, dtype=torch.float32)
         sums = out.new_empty(images * strips * padded, dtype=torch.float32)
-    addresses = _addresses(*_interleaved(kernels, 3), *others[:5], *gate, x, skip, out, y, sums)
+    addresses = _addresses(*_interleaved(kernels, 3), *constants[:5], *gate, x, skip, out, y, sums)
     _made().bottleneck(ctypes.byref(_BottleneckStruct(*integers, scale, *addresses)))
     return out
 
@@ -394,29 +396,29 @@ def _empty_for(x: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("nvae::inference_convolution", mutates_args=())
 def convolution_operator(
-    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int]
+    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
     """See `Convolution`; opaque to torch.compile."""
-    return _convolution(x, other, kernels, others, sizes)
+    return _convolution(x, other, kernels, constants, sizes)
 
 
 @torch.library.custom_op("nvae::inference_bottleneck", mutates_args=())
 def bottleneck_operator(
-    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int], scale: float
+    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> Tensor:
     """See `Bottleneck`; opaque to torch.compile."""
-    return _bottleneck(x, skip, kernels, others, sizes, scale)
+    return _bottleneck(x, skip, kernels, constants, sizes, scale)
 
 
 @convolution_operator.register_fake
 def _(
-    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int]
+    x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
     return _empty_for(x, sizes[0], x.dtype)
 
 
 @bottleneck_operator.register_fake
 def _(
-    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[int], scale: float
+    x: Tensor, skip: Tensor, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> Tensor:
     return _empty_for(skip, skip.shape[1], skip.dtype)

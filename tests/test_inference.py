@@ -86,7 +86,7 @@ def test_a_shift_cell_is_one_without_its_masked_taps(mirrored: bool) -> None:
     bottleneck = Bottleneck(cell.expand, cell.spatial, cell.project, elu=True, scale=-1.0)
     z = torch.randn(2, 5, 8, 8)
     assert_close(bottleneck(z, z), cell.double()(z.double()))
-    assert [len(taps) for taps in bottleneck.others[3:5]] == [5, 13]  # of 9 and 25
+    assert [len(taps) for taps in bottleneck.constants[3:5]] == [5, 13]  # of 9 and 25
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

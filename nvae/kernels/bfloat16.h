@@ -1,5 +1,5 @@
 // bfloat16 tensors computed with in float16: numbers are scaled by powers of two before they are rounded, so that the
-// largest is just below LARGEST: those of a strip of an image by one factor, those of a kernel by another. A sum of DEPTH
+// largest is just below 2^LARGEST: those of a strip of an image by one factor, those of a kernel by another. A sum of DEPTH
 // products then stays in float16's range, and what is up to 2^-18 of the largest keeps float16's precision.
 
 #pragma once
@@ -15,8 +15,8 @@ int64_t has_float16() { return HAS_FLOAT16; }
 namespace {
 
 constexpr int DEPTH = Float16::DEPTH;
-constexpr int LARGEST = 4;           // its logarithm to base 2: DEPTH · 2^4 · 2^4 = 2^15
-constexpr int64_t CACHED = 2 << 19;  // bytes of a strip that fit the second cache beside others
+constexpr int LARGEST = 4;           // its logarithm to base 2: DEPTH · 2^4 · 2^4 = 2^14
+constexpr int64_t CACHED = 1 << 20;  // bytes of a strip that fit the second cache beside others
 
 // Powers of two that bring numbers below 2^LARGEST, and back.
 struct Scale {

@@ -31,8 +31,7 @@ namespace {
 
 constexpr int64_t BLOCK = 8;  // outputs at once in a weight's gradient
 
-// Rows of an image, some maybe outside it, with zeros around it, each pixel's numbers given to
-// write(pixel's place, first channel, LANES numbers).
+// Rows of an image, some maybe outside it, with zeros around it.
 struct Window {
     int64_t height, width, channels, top, rows, border;
 
@@ -45,7 +44,8 @@ struct Window {
         return Scale(largest_of(image + first() * row_size, (last() - first()) * row_size));
     }
 
-    // Channels in a row: pixels `apart` numbers apart. What is written beyond a pixel belongs to the next one.
+    // Calls write(to, from, count) for LANES numbers at a time, of which `count` are the pixel's or row's (none where it
+    // is not positive). Pixels come to lie `apart` numbers apart; what is written beyond one belongs to the next.
     template <class Number, class Write>
     void read(const BFloat16* image, int64_t apart, Number* to, Write write) const {
         for (int64_t i = 0; i < rows; ++i, to += pitch() * apart) {

@@ -117,14 +117,14 @@ extern "C" {
 
 // As in nvae/inference.py, which fills it.
 struct Convolution {
-    int64_t images, height, width, inputs, others, outputs;  // outputs without padding
-    int64_t taps, reach;                                     // reach: the largest |offset|
-    int64_t activation;                                      // 0 none, 1 ELU, 2 swish
-    int64_t bfloat16, float16, strips, threads;              // bfloat16: the tensors; float16: the arithmetic
-    const void* weight[2];  // packed (taps · C, O), in float32 and float16
-    const float* bias;      // (O)
-    const int64_t* at;      // (taps, 2): row and column offsets
-    const void *x, *other;  // (B, H, W, inputs) and, unless there are none, (B, H, W, others); C is both
+    int64_t images, height, width, inputs, other_inputs, outputs;  // outputs without padding
+    int64_t taps, reach;                                           // reach: the largest |offset|
+    int64_t activation;                                            // 0 none, 1 ELU, 2 swish
+    int64_t bfloat16, float16, strips, threads;                    // bfloat16: the tensors; float16: the arithmetic
+    const void* weight[2];                                         // packed (taps · C, O), in float32 and float16
+    const float* bias;                                             // (O)
+    const int64_t* at;                                             // (taps, 2): row and column offsets
+    const void *x, *other;  // (B, H, W, inputs) and, unless there are none, (B, H, W, other_inputs); C is both
     void* out;              // (B, H, W, O)
 };
 }
@@ -133,7 +133,7 @@ namespace {
 
 template <class A, class T>
 void convolve(const Convolution& p, const Strip& strip, Buffer& scratch, T* out) {
-    const Images images{p.x, p.other, p.inputs, p.others, p.height, p.width};
+    const Images images{p.x, p.other, p.inputs, p.other_inputs, p.height, p.width};
     const int64_t inputs = images.channels(), pitch = p.width + 2 * p.reach, rows = strip.rows() + 2 * p.reach;
     auto* input = scratch.of<typename A::Factor>(rows * pitch * inputs + LANES);
     const auto read = [&](auto activation) {

@@ -202,11 +202,14 @@ inline void assign(BFloat16& to, float value) {  // to nearest, ties to even
     to.bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Which of a vector's numbers are among the first `count`, for AVX-512.
+inline uint16_t first_bits(int64_t count) { return (1u << std::clamp<int64_t>(count, 0, 16)) - 1; }
+
 // A vector of `count` numbers, the others `rest`.
 inline Floats load_some(const float* from, int64_t count, float rest) {
     if (count >= LANES) return load(from);
 #ifdef __AVX512F__
-    return (Floats)_mm512_mask_loadu_ps((__m512)all(rest), (1u << count) - 1, from);
+    return (Floats)_mm512_mask_loadu_ps((__m512)all(rest), first_bits(count), from);
 #else
     Floats numbers = all(rest);
     std::memcpy(&numbers, from, 4 * count);
@@ -215,7 +218,7 @@ inline Floats load_some(const float* from, int64_t count, float rest) {
 }
 inline Floats load_some(const BFloat16* from, int64_t count, float rest) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __mmask16 some = count >= LANES ? 0xffff : (1u << count) - 1;
+    const __mmask16 some = first_bits(count);
     const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)), 16);
     return (Floats)_mm512_mask_mov_ps((__m512)all(rest), some, _mm512_castsi512_ps(bits));
 #else
@@ -242,8 +245,7 @@ inline void store_some(T* to, Floats value, int64_t count) {
         if (count >= LANES) return store(to, value);
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
     if constexpr (std::is_same_v<T, BFloat16>) {
-        const __mmask16 some = count >= LANES ? 0xffff : (1u << count) - 1;
-        return _mm256_mask_storeu_epi16(to, some, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+        return _mm256_mask_storeu_epi16(to, first_bits(count), (__m256i)_mm512_cvtneps_pbh((__m512)value));
     }
 #endif
     float numbers[LANES];
