@@ -36,8 +36,3 @@ def channels_last(x: Tensor) -> Tensor:
     if x.stride() == (height * width * channels, 1, width * channels, channels):
         return x
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-def address(x: Tensor | None) -> int | None:
-    """Of its first number."""
-    return None if x is None else x.data_ptr()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import bfloat16
 from .fusion import watched
-from .native import structure
+from .native import addresses, structure
 
 SOURCE = Path(__file__).parent / "kernels" / "dense.cpp"
 
@@ -97,7 +97,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequenc
     out = _empty_like(x, outputs)
     bias = None if bias is None else bias.detach().float().contiguous()
     integers = (images, height, width, inputs, outputs, *geometry, int(turned), torch.get_num_threads())
-    pointers = map(bfloat16.address, (x, weight, bias, out))
+    pointers = addresses(x, weight, bias, out)
     bfloat16.made_from(SOURCE).dense(ctypes.byref(_Dense(*integers, *pointers)))
     return out
 
@@ -109,7 +109,7 @@ def _parameter_gradients(grad: Tensor, x: Tensor, geometry: Sequence[int], bias:
     assert grad.shape == (images, outputs, height, width) and grad.dtype == x.dtype == torch.bfloat16
     weight_grad, bias_grad = _empty_gradients(grad, x, geometry, bias)
     integers = (images, height, width, inputs, outputs, *geometry, torch.get_num_threads())
-    pointers = map(bfloat16.address, (grad, x, weight_grad, bias_grad if bias else None))
+    pointers = addresses(grad, x, weight_grad, bias_grad if bias else None)
     bfloat16.made_from(SOURCE).dense_gradients(ctypes.byref(_DenseGradients(*integers, *pointers)))
     return weight_grad, bias_grad
 

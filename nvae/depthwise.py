@@ -23,7 +23,7 @@ from torch import Tensor
 from . import bfloat16
 from .fusion import compiles, fused, watched
 from .latents import at_least_float32
-from .native import structure
+from .native import addresses, structure
 
 SOURCE = Path(__file__).parent / "kernels" / "depthwise.cpp"
 IN_CPP = (3, 5, 7, 11)
@@ -155,7 +155,7 @@ def _in_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, turn
     y = _fake(x, (batch, channels, -(-height // stride), -(-width // stride)))
     bias = None if bias is None else bias.float().contiguous()
     integers = (batch, height, width, channels, size, stride, int(turned), torch.get_num_threads())
-    pointers = map(bfloat16.address, (x, weight, bias, y))
+    pointers = addresses(x, weight, bias, y)
     bfloat16.made_from(SOURCE).depthwise(ctypes.byref(_Depthwise(*integers, *pointers)))
     return y
 
@@ -166,7 +166,7 @@ def _gradient_in_cpp(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     assert grad.shape == (batch, channels, -(-height // stride), -(-width // stride))
     weight = torch.empty(channels, 1, size, size, device=x.device)
     integers = (batch, height, width, channels, size, stride, torch.get_num_threads())
-    pointers = map(bfloat16.address, (grad, x, weight))
+    pointers = addresses(grad, x, weight)
     bfloat16.made_from(SOURCE).depthwise_gradient(ctypes.byref(_DepthwiseGradient(*integers, *pointers)))
     return weight
 

@@ -28,7 +28,7 @@ from .convolutions import Conv2d
 from .fusion import watched
 from .latents import Normal, Score
 from .latents import score as score_in_torch
-from .native import library, structure
+from .native import addresses, library, structure
 from .residual import SqueezeExcite
 
 SOURCE = Path(__file__).parent / "kernels" / "inference.cpp"
@@ -211,8 +211,8 @@ def normal(raws: Sequence[Tensor], temperature: float = 1.0) -> Normal:
     repeated = [*map(len, raws), *[1] * missing]
     bfloat16 = [*(int(raw.dtype == torch.bfloat16) for raw in raws), *[0] * missing]
     integers = (images, height * width, channels // 2, len(raws), *repeated, *bfloat16, torch.get_num_threads())
-    addresses = _addresses(*raws, *[None] * missing, mean, sigma)
-    _made().normal(ctypes.byref(_NormalStruct(*integers, temperature, *addresses)))
+    pointers = addresses(*raws, *[None] * missing, mean, sigma)
+    _made().normal(ctypes.byref(_NormalStruct(*integers, temperature, *pointers)))
     return Normal(mean, sigma)
 
 
@@ -226,7 +226,7 @@ def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Sc
     tensors = [_channels_last(tensor) for tensor in tensors]
     sums = z.new_empty(3, images, channels)
     integers = (images, height * width, channels, int(closed), torch.get_num_threads())
-    _made().score(ctypes.byref(_ScoreStruct(*integers, *_addresses(*tensors, *sums))))
+    _made().score(ctypes.byref(_ScoreStruct(*integers, *addresses(*tensors, *sums))))
     return Score(sums[0], sums[1].sum(1), sums[2].sum(1))
 
 
@@ -332,10 +332,6 @@ def _strips(images: int, rows: int, row_bytes: int, reach: int, threads: int) ->
     return max(-(-rows // fitting), min(-(-threads // max(images, 1)), rows // LEAST_ROWS), 1)
 
 
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def _interleaved(kernels: Sequence[Tensor], count: int) -> list[Tensor | None]:
     """Of `count` kernels each in float32 and, if it is there, in float16."""
     in_float16: Sequence[Tensor | None] = kernels[count:] or [None] * count
@@ -358,8 +354,8 @@ def _convolution(
     types = (int(x.dtype == torch.bfloat16), int(len(kernels) > 1))
     strips = _strips(images, height, 4 * (width + 2 * reach) * (inputs + more), reach, threads)
     integers = (images, height, width, inputs, more, *sizes, *types, strips, threads)
-    addresses = _addresses(*_interleaved(kernels, 1), *constants, x, other, out)
-    _made().convolution(ctypes.byref(_ConvolutionStruct(*integers, *addresses)))
+    pointers = addresses(*_interleaved(kernels, 1), *constants, x, other, out)
+    _made().convolution(ctypes.byref(_ConvolutionStruct(*integers, *pointers)))
     return out
 
 
@@ -384,8 +380,8 @@ def _bottleneck(
         padded = -(-outputs // MOST_PADDING) * MOST_PADDING
         y = out.new_empty(images * strips * -(-rows // strips) * enlarge**2 * columns * padded, dtype=torch.float32)
         sums = out.new_empty(images * strips * padded, dtype=torch.float32)
-    addresses = _addresses(*_interleaved(kernels, 3), *constants[:5], *gate, x, skip, out, y, sums)
-    _made().bottleneck(ctypes.byref(_BottleneckStruct(*integers, scale, *addresses)))
+    pointers = addresses(*_interleaved(kernels, 3), *constants[:5], *gate, x, skip, out, y, sums)
+    _made().bottleneck(ctypes.byref(_BottleneckStruct(*integers, scale, *pointers)))
     return out
 
 

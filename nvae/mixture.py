@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .native import library, structure
+from .native import addresses, library, structure
 
 SOURCE = Path(__file__).parent / "kernels" / "mixture.cpp"
 
@@ -41,5 +41,5 @@ def log_prob(params: Tensor, x: Tensor, components: int, levels: int, highest: f
     params, x = (tensor.float().contiguous(memory_format=torch.channels_last) for tensor in (params, x))
     nats = torch.empty(images, 1, height, width)
     integers = (images, height * width, components, colours, levels, torch.get_num_threads())
-    made.mixture(ctypes.byref(_Mixture(*integers, highest, params.data_ptr(), x.data_ptr(), nats.data_ptr())))
+    made.mixture(ctypes.byref(_Mixture(*integers, highest, *addresses(params, x, nats))))
     return nats

@@ -17,6 +17,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 from .checkpoint import atomic_file
 from .fusion import compiles
 
@@ -47,6 +49,11 @@ def structure(name: str, integers: str, floats: str, pointers: str) -> type[ctyp
     kinds = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Of their first numbers, for the pointers of a struct; null where there is none."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def cache_folder() -> Path | None:
