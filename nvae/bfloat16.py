@@ -5,11 +5,9 @@ of float32's rate, float16 numbers at twice that rate. Numbers are scaled by pow
 eight times finer than bfloat16, and long sums go on in float32 (nvae/kernels/bfloat16.h).
 """
 
-import ctypes
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .native import library
 
@@ -21,18 +19,3 @@ def pays(source: Path) -> bool:
         return False
     made = library(source)
     return made is not None and bool(made.has_float16())
-
-
-def made_from(source: Path) -> ctypes.CDLL:
-    """The library of a C++ file, where it `pays`."""
-    made = library(source)
-    assert made is not None
-    return made
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(B, C, H, W) by its strides, also where an axis of length 1 would let PyTorch leave others."""
-    _, channels, height, width = x.shape
-    if x.stride() == (height * width * channels, 1, width * channels, channels):
-        return x
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import bfloat16
 from .fusion import watched
-from .native import addresses, structure
+from .native import addresses, channels_last, made_from, structure
 
 SOURCE = Path(__file__).parent / "kernels" / "dense.cpp"
 
@@ -89,7 +89,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, geometry: Sequence[int]) -> Te
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[int], *, turned: bool) -> Tensor:
-    x, weight = bfloat16.channels_last(x), bfloat16.channels_last(weight)
+    x, weight = channels_last(x), channels_last(weight)
     images, inputs, height, width = x.shape
     outputs = weight.shape[1 if turned else 0]
     assert weight.shape[0 if turned else 1] == inputs and list(weight.shape[2:]) == list(geometry[:2])
@@ -98,19 +98,19 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequenc
     bias = None if bias is None else bias.detach().float().contiguous()
     integers = (images, height, width, inputs, outputs, *geometry, int(turned), torch.get_num_threads())
     pointers = addresses(x, weight, bias, out)
-    bfloat16.made_from(SOURCE).dense(ctypes.byref(_Dense(*integers, *pointers)))
+    made_from(SOURCE).dense(ctypes.byref(_Dense(*integers, *pointers)))
     return out
 
 
 def _parameter_gradients(grad: Tensor, x: Tensor, geometry: Sequence[int], bias: bool) -> tuple[Tensor, Tensor]:
-    grad, x = bfloat16.channels_last(grad.bfloat16()), bfloat16.channels_last(x)
+    grad, x = channels_last(grad.bfloat16()), channels_last(x)
     images, inputs, height, width = x.shape
     outputs = grad.shape[1]
     assert grad.shape == (images, outputs, height, width) and grad.dtype == x.dtype == torch.bfloat16
     weight_grad, bias_grad = _empty_gradients(grad, x, geometry, bias)
     integers = (images, height, width, inputs, outputs, *geometry, torch.get_num_threads())
     pointers = addresses(grad, x, weight_grad, bias_grad if bias else None)
-    bfloat16.made_from(SOURCE).dense_gradients(ctypes.byref(_DenseGradients(*integers, *pointers)))
+    made_from(SOURCE).dense_gradients(ctypes.byref(_DenseGradients(*integers, *pointers)))
     return weight_grad, bias_grad
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import bfloat16
 from .fusion import compiles, fused, watched
 from .latents import at_least_float32
-from .native import addresses, structure
+from .native import addresses, channels_last, made_from, structure
 
 SOURCE = Path(__file__).parent / "kernels" / "depthwise.cpp"
 IN_CPP = (3, 5, 7, 11)
@@ -72,7 +72,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
         return kernels.forward(x, weight, bias, stride)
     if _in_float16(x, weight.shape[2]):
         return _in_cpp(x, weight, bias, stride, turned=False)
-    return _channels_last(_convolve(_channels_last(x), weight, bias, stride))
+    return channels_last(_convolve(channels_last(x), weight, bias, stride))
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
@@ -84,11 +84,11 @@ def _input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, strid
     if stride == 1 and _in_float16(grad, weight.shape[2]):
         return _in_cpp(grad, weight, None, 1, turned=True)
     if stride == 1:
-        return _channels_last(_convolve(_channels_last(grad), weight.flip(2, 3), None, 1))
+        return channels_last(_convolve(channels_last(grad), weight.flip(2, 3), None, 1))
     # In float32 also for smaller types: PyTorch's own takes 80 times as long in bfloat16.
-    wide, kernel = at_least_float32(_channels_last(grad)), at_least_float32(weight)
+    wide, kernel = at_least_float32(channels_last(grad)), at_least_float32(weight)
     x = wide.new_empty(1).expand(shape)
-    return _channels_last(_backward(wide, x, kernel, stride, (True, False, False))[0].to(grad.dtype))
+    return channels_last(_backward(wide, x, kernel, stride, (True, False, False))[0].to(grad.dtype))
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
@@ -98,7 +98,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
         return kernels.weight_gradient(grad, x, size, stride)
     if _in_float16(x, size) and grad.dtype == x.dtype:
         return _gradient_in_cpp(grad, x, size, stride)
-    grad, x = _channels_last(grad), _channels_last(x)
+    grad, x = channels_last(grad), channels_last(x)
     if x.device.type == "cpu" and compiles("cpu"):
         rows = max(TAPS_PER_PASS // size, 1)  # of the kernel, in one pass
         passes = [range(first, min(first + rows, size)) for first in range(0, size, rows)]
@@ -148,35 +148,31 @@ def _in_float16(x: Tensor, size: int) -> bool:
 
 def _in_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, turned: bool) -> Tensor:
     """y; `turned`: of the kernel turned round."""
-    x, weight = bfloat16.channels_last(x), weight.to(x.dtype).contiguous()
+    x, weight = channels_last(x), weight.to(x.dtype).contiguous()
     batch, channels, height, width = x.shape
     size = weight.shape[2]
     assert weight.shape == (channels, 1, size, size)
-    y = _fake(x, (batch, channels, -(-height // stride), -(-width // stride)))
+    y = _empty(x, (batch, channels, -(-height // stride), -(-width // stride)))
     bias = None if bias is None else bias.float().contiguous()
     integers = (batch, height, width, channels, size, stride, int(turned), torch.get_num_threads())
     pointers = addresses(x, weight, bias, y)
-    bfloat16.made_from(SOURCE).depthwise(ctypes.byref(_Depthwise(*integers, *pointers)))
+    made_from(SOURCE).depthwise(ctypes.byref(_Depthwise(*integers, *pointers)))
     return y
 
 
 def _gradient_in_cpp(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
-    grad, x = bfloat16.channels_last(grad), bfloat16.channels_last(x)
+    grad, x = channels_last(grad), channels_last(x)
     batch, channels, height, width = x.shape
     assert grad.shape == (batch, channels, -(-height // stride), -(-width // stride))
     weight = torch.empty(channels, 1, size, size, device=x.device)
     integers = (batch, height, width, channels, size, stride, torch.get_num_threads())
     pointers = addresses(grad, x, weight)
-    bfloat16.made_from(SOURCE).depthwise_gradient(ctypes.byref(_DepthwiseGradient(*integers, *pointers)))
+    made_from(SOURCE).depthwise_gradient(ctypes.byref(_DepthwiseGradient(*integers, *pointers)))
     return weight
 
 
 def _in_triton(x: Tensor) -> bool:
     return x.device.type == "cuda" and compiles("cuda")
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------ what compilers and autograd see
@@ -189,12 +185,12 @@ weight_gradient_operator = torch.library.custom_op("nvae::depthwise_weight_gradi
 @forward_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     batch, channels, height, width = x.shape
-    return _fake(x, (batch, channels, -(-height // stride), -(-width // stride)))
+    return _empty(x, (batch, channels, -(-height // stride), -(-width // stride)))
 
 
 @input_gradient_operator.register_fake
 def _(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
-    return _fake(grad, (*grad.shape[:2], height, width))
+    return _empty(grad, (*grad.shape[:2], height, width))
 
 
 @weight_gradient_operator.register_fake
@@ -202,7 +198,7 @@ def _(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     return x.new_empty((x.shape[1], 1, size, size), dtype=at_least_float32(x.new_empty(0)).dtype)
 
 
-def _fake(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
+def _empty(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

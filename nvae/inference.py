@@ -28,7 +28,7 @@ from .convolutions import Conv2d
 from .fusion import watched
 from .latents import Normal, Score
 from .latents import score as score_in_torch
-from .native import addresses, library, structure
+from .native import addresses, channels_last, library, made_from, structure
 from .residual import SqueezeExcite
 
 SOURCE = Path(__file__).parent / "kernels" / "inference.cpp"
@@ -68,10 +68,6 @@ def _wants_bfloat16(x: Tensor) -> bool:
 def _is_compiled(x: Tensor) -> bool:
     """Where somebody traces or watches, functions must be operators."""
     return torch.compiler.is_compiling() or watched(x)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 class _Packed(nn.Module):
@@ -205,7 +201,7 @@ def normal(raws: Sequence[Tensor], temperature: float = 1.0) -> Normal:
         return Normal.from_sum(raws, temperature)
     images, channels, height, width = raws[0].shape
     assert all(raw.shape[1:] == raws[0].shape[1:] and images % max(len(raw), 1) == 0 for raw in raws)
-    raws = [_channels_last(raw) for raw in raws]
+    raws = [channels_last(raw) for raw in raws]
     mean, sigma = (_empty_for(raws[0], channels // 2, torch.float32) for _ in range(2))
     missing = MOST_TERMS - len(raws)
     repeated = [*map(len, raws), *[1] * missing]
@@ -223,7 +219,7 @@ def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Sc
         return score_in_torch(q, p, drawn, z, closed=closed)
     images, channels, height, width = z.shape
     assert all(tensor.shape == z.shape for tensor in tensors)
-    tensors = [_channels_last(tensor) for tensor in tensors]
+    tensors = [channels_last(tensor) for tensor in tensors]
     sums = z.new_empty(3, images, channels)
     integers = (images, height * width, channels, int(closed), torch.get_num_threads())
     _made().score(ctypes.byref(_ScoreStruct(*integers, *addresses(*tensors, *sums))))
@@ -293,9 +289,7 @@ def _reach(at: Tensor) -> int:
 
 
 def _made() -> ctypes.CDLL:
-    made = library(SOURCE)
-    assert made is not None
-    return made
+    return made_from(SOURCE)
 
 
 _ConvolutionStruct = structure(
@@ -341,12 +335,12 @@ def _interleaved(kernels: Sequence[Tensor], count: int) -> list[Tensor | None]:
 def _convolution(
     x: Tensor, other: Tensor | None, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
-    x = _channels_last(x)
+    x = channels_last(x)
     images, inputs, height, width = x.shape
     outputs, taps, reach, _ = sizes
     more = 0
     if other is not None:
-        other, more = _channels_last(other.to(x.dtype)), other.shape[1]
+        other, more = channels_last(other.to(x.dtype)), other.shape[1]
         assert other.shape == (images, more, height, width)
     assert len(kernels[0]) == taps * (inputs + more)
     threads = torch.get_num_threads()
@@ -362,7 +356,7 @@ def _convolution(
 def _bottleneck(
     x: Tensor, skip: Tensor, kernels: Sequence[Tensor], constants: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> Tensor:
-    x, skip = _channels_last(x), _channels_last(skip)
+    x, skip = channels_last(x), channels_last(skip)
     images, inputs, height, width = x.shape
     _, outputs, stride, enlarge, expand_taps, expand_reach, _, spatial_reach, _, squeezed = sizes
     rows, columns = -(-height // stride), -(-width // stride)

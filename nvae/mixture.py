@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .native import addresses, library, structure
+from .native import addresses, channels_last, library, made_from, structure
 
 SOURCE = Path(__file__).parent / "kernels" / "mixture.cpp"
 
@@ -34,12 +34,10 @@ def log_prob(params: Tensor, x: Tensor, components: int, levels: int, highest: f
 
     params (B, 3M or 10M, H, W) as `LogisticMixture` has them; `levels` V for V + 1 levels evenly from −1 to `highest`.
     """
-    made = library(SOURCE)
-    assert made is not None
     images, colours, height, width = x.shape
     assert colours in (1, 3) and params.shape == (images, components * (10 if colours == 3 else 3), height, width)
-    params, x = (tensor.float().contiguous(memory_format=torch.channels_last) for tensor in (params, x))
+    params, x = (channels_last(tensor.float()) for tensor in (params, x))
     nats = torch.empty(images, 1, height, width)
     integers = (images, height * width, components, colours, levels, torch.get_num_threads())
-    made.mixture(ctypes.byref(_Mixture(*integers, highest, *addresses(params, x, nats))))
+    made_from(SOURCE).mixture(ctypes.byref(_Mixture(*integers, highest, *addresses(params, x, nats))))
     return nats

@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .checkpoint import atomic_file
@@ -44,11 +45,23 @@ def library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
+def made_from(source: Path) -> ctypes.CDLL:
+    """The library of a C++ file, where it is known that there is one."""
+    made = library(source)
+    assert made is not None
+    return made
+
+
 def structure(name: str, integers: str, floats: str, pointers: str) -> type[ctypes.Structure]:
     """A struct of a C++ file: its int64_t, then its float, then its pointers, names between spaces."""
     kinds = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) with its numbers in the order (B, H, W, C), which our C++ reads."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:

@@ -26,7 +26,7 @@ def test_it_is_the_formula(
     processor: str, bits: int, grid: Grid, colours: int, components: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = library_for(processor, mixture.SOURCE, monkeypatch)
-    monkeypatch.setattr(mixture, "library", lambda source: made)
+    monkeypatch.setattr(mixture, "made_from", lambda source: made)
     config = LikelihoodConfig(bits=bits, grid=grid, components=components)
     x = quantise(torch.randint(0, 256, (3, colours, 7, 5)) / 255, bits, grid)
     x[0], x[1] = 0, highest_level(bits, grid)

@@ -30,6 +30,7 @@ struct DenseGradients {
 namespace {
 
 constexpr int64_t BLOCK = 8;  // outputs at once in a weight's gradient
+constexpr float ZEROS[VECTORS * Float16::LANES] = {};
 
 // Rows of an image, some maybe outside it, with zeros around it.
 struct Window {
@@ -116,7 +117,6 @@ void convolve(const Dense& p, const Strip& strip, const Taps& taps, const _Float
     window.read(image, p.inputs, input, [&](Float16::Factor* to, const BFloat16* from, int64_t count) {
         Float16::to_factors(to, scaled(from, count, scale.there));
     });
-    const std::vector<float> zeros(VECTORS * Float16::LANES, 0.0f);
     over_tiles<Float16>(padded<Float16>(p.outputs), [&](auto vectors, int64_t channel) {
         constexpr int N = vectors;
         for (int64_t row = 0; row < strip.rows(); ++row) {
@@ -124,7 +124,7 @@ void convolve(const Dense& p, const Strip& strip, const Taps& taps, const _Float
             BFloat16* to = p.out + ((strip.image * p.height + strip.first + row) * p.width) * p.outputs + channel;
             convolve_row<Float16, N>(
                 origin, window.pitch(), p.inputs, p.width, taps.count, taps.at.data(),
-                weight + channel * taps.count * p.inputs, zeros.data(),
+                weight + channel * taps.count * p.inputs, ZEROS,
                 [&](const auto& sums, int64_t column) {
                     for (int m = 0; m < sums.PIXELS; ++m)
                         for (int v = 0; v < 2 * N; ++v) {
