@@ -17,10 +17,10 @@ from nvae.commands.bounds import DEFAULT_SAMPLES, Measurement, evaluate_bounds, 
 from nvae.commands.page import write_page
 from nvae.commands.quality import evaluate_fid
 from nvae.commands.subject import Subject
-from nvae.distributed import rank
-from nvae.fid import SAMPLES
-from nvae.results import quality_table, table
-from nvae.run import command
+from nvae.core.distributed import rank
+from nvae.evaluation.quality import SAMPLES
+from nvae.evaluation.results import quality_table, table
+from nvae.training.run import command
 
 OPTIONS = {
     "bounds": ("batch", "split", "importance_samples", "draws", "limit", "rows", "compile"),

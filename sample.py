@@ -16,9 +16,9 @@ from argparse import Namespace
 
 from nvae.commands import latents, samples
 from nvae.commands.arguments import natural, numbers, parser_of, refuse_others, subject_of
-from nvae.config import UserError
-from nvae.distributed import rank
-from nvae.run import command
+from nvae.core.distributed import rank
+from nvae.core.errors import UserError
+from nvae.training.run import command
 
 ACTIONS = {
     "images": samples.write_all,

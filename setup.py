@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["nvae", "nvae.*"]),
-    package_data={"nvae": ["py.typed", "report.html", "kernels/*.cpp", "kernels/*.h"]},
+    package_data={"nvae": ["py.typed", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

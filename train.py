@@ -10,7 +10,7 @@ says what), 75 interrupted by a signal after saving.
 import argparse
 from pathlib import Path
 
-from nvae.run import command, config_help, dry_run, read_run_config, train
+from nvae.training.run import command, config_help, dry_run, read_run_config, train
 
 DEFAULT = str(Path(__file__).with_name("configs") / "digits.yaml")
 

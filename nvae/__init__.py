@@ -1,5 +1,5 @@
 """nvae: train, evaluate and sample deep hierarchical VAEs."""
 
-from .loading import load_model
+from .checkpoints.loading import load_model
 
 __all__ = ["load_model"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from nvae.benchmark.workloads import MODELS
 from nvae.commands.arguments import natural
 from nvae.commands.benchmark import ACTIONS, profile_all, run_all
-from nvae.run import command
+from nvae.training.run import command
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ hyper-parameters. `--dataset` names the set in a published NVAE, where image siz
 import argparse
 from pathlib import Path
 
-from nvae.conversion import convert
-from nvae.run import command
+from nvae.checkpoints.conversion import convert
+from nvae.training.run import command
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nvae.data.description import describe
 from nvae.data.preparation import prepare, read_config, verify
-from nvae.run import command
+from nvae.training.run import command
 
 
 def main() -> int:

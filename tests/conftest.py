@@ -1,38 +1,15 @@
 """What every test may use: seeded random numbers, tiny models, and markers that skip what this machine cannot run."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kinds import KINDS, SMALL
+from places import SHARED
 
-from nvae.config import validate
-from nvae.models.nvae import NVAEConfig
-
-SHARED = Path(__file__).parents[1].parent / "shared"
-
-SMALL: dict[str, Any] = {
-    "image_size": 8,
-    "likelihood": {"components": 2},
-    "groups": 2,
-    "latent_channels": 3,
-    "encoder_channels": 4,
-    "decoder_channels": 4,
-    "preprocess_cells": 1,
-    "postprocess_cells": 1,
-    "encoder_cells": 1,
-    "decoder_cells": 1,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "one scale": {},
-    "two scales and a flow": {"scales": 2, "groups": 2, "adaptive_groups": True, "flows": 1},
-    "vanilla": {"groups": 1, "flows": 1},
-    "binary with a border": {"image_channels": 1, "likelihood": {"kind": "bernoulli", "border": 1}},
-    "grey mixture of 5 bits": {"image_channels": 1, "likelihood": {"bits": 5, "components": 1}},
-    "normal pixels, plain posterior": {"likelihood": {"kind": "normal"}, "residual_posterior": False},
-    "no batch norm": {"architecture": "res_elu"},
-}
+from nvae.core.config import validate
+from nvae.models.nvae.model import NVAEConfig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

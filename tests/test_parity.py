@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nvae.checkpoint import read_safely
-from nvae.likelihoods import quantise
-from nvae.models.nvae import NVAE
-from nvae.objective import balance_weights, balanced_kl
-from nvae.published import SAFE_TYPES, from_published, to_published
+from nvae.bricks.likelihoods import quantise
+from nvae.checkpoints.format import read_safely
+from nvae.models.nvae.model import NVAE
+from nvae.models.nvae.objective import balance_weights, balanced_kl
+from nvae.models.nvae.published import SAFE_TYPES, from_published, to_published
 
 TOLERANCE = 1e-5
 ROOT = Path(os.environ.get("NVAE_PARITY_DIR", Path(__file__).parent / "parity"))

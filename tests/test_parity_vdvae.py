@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nvae.checkpoint import read_safely
-from nvae.config import Config, UserError, dump_yaml
-from nvae.conversion import convert
-from nvae.likelihoods import LikelihoodConfig
-from nvae.loading import load_model
-from nvae.models.nvae import NVAEConfig
-from nvae.models.vdvae import VDVAE, VDVAEConfig
-from nvae.published_vdvae import from_published, to_published
+from nvae.bricks.likelihoods import LikelihoodConfig
+from nvae.checkpoints.conversion import convert
+from nvae.checkpoints.format import read_safely
+from nvae.checkpoints.loading import load_model
+from nvae.core.config import Config, dump_yaml
+from nvae.core.errors import UserError
+from nvae.models.nvae.model import NVAEConfig
+from nvae.models.vdvae.model import VDVAE, VDVAEConfig
+from nvae.models.vdvae.published import from_published, to_published
 
 TOLERANCE = 3e-6
 ROOT = Path(os.environ.get("NVAE_PARITY_VDVAE_DIR", Path(__file__).parent / "parity_vdvae"))

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..memory import saved_bytes
 from ..models.base import Recomputation
-from ..models.nvae import NVAEConfig
+from ..models.nvae.model import NVAEConfig
+from .memory import saved_bytes
 from .plain import make_plain
 from .timing import in_turns
 from .workloads import Way, Workload

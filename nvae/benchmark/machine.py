@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..config import UserError
-from ..convolutions import Conv2d
-from ..models.nvae import NVAE, NVAEConfig
-from ..precision import AUTOCAST, Precision, allow_tf32
+from ..bricks.convolutions import Conv2d
+from ..core.errors import UserError
+from ..core.precision import AUTOCAST, Precision, allow_tf32
+from ..models.nvae.model import NVAE, NVAEConfig
 from .plain import make_plain
 from .timing import synchronise
 

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import ACTIVATIONS, Activation
-from ..cells import SeparableOp
-from ..convolutions import Conv2d
-from ..flows import ShiftCell
-from ..layers import BatchNorm, SqueezeExcite, UpSkip
+from ..bricks.cells import SeparableOp
+from ..bricks.convolutions import Conv2d
+from ..bricks.flows import ShiftCell
+from ..bricks.normalisation import BatchNorm
+from ..bricks.resampling import UpSkip
+from ..bricks.squeeze_excite import SCALE, SqueezeExcite
+from ..kernels.activations import ACTIVATIONS, Activation
 from ..models.base import Metrics, Output
-from ..models.nvae import NVAE
-from ..residual import SCALE
+from ..models.nvae.model import NVAE
 
 
 def make_plain(model: NVAE) -> NVAE:

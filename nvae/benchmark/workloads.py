@@ -4,16 +4,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..evaluation import Evaluator
-from ..models.nvae import NVAE, NVAEConfig
-from ..objective import importance_weighted_bound
-from ..optim import OptimConfig, build_optimiser
-from ..precision import Precision, allow_tf32, autocast
-from ..sampling import sample_images
+from ..core.errors import UserError
+from ..core.precision import Precision, allow_tf32, autocast
+from ..evaluation.bounds import Evaluator, importance_weighted_bound
+from ..models.nvae.model import NVAE, NVAEConfig
+from ..sampling.images import sample_images
+from ..training.optim import OptimConfig, build_optimiser
+from ..training.run import read_run_config
 from .plain import make_plain
 from .timing import Action
 
@@ -38,6 +40,16 @@ MODELS: dict[str, NVAEConfig] = {
     ),
 }
 """`small`: 10 groups at 16×16, as the CIFAR-10 recipe has 30; `scales`: 6 + 3 + 1 groups from 32×32 down to 8×8."""
+
+
+def model_named(name: str) -> NVAEConfig:
+    """One of `MODELS`, or that of a recipe. Raises UserError for a model without a plain mode."""
+    if name in MODELS:
+        return MODELS[name]
+    recipe = read_run_config(Path(name), []).model
+    if not isinstance(recipe, NVAEConfig):
+        raise UserError(f"--model: {name} is no NVAE; give a recipe of one, or one of {', '.join(MODELS)}")
+    return recipe
 
 
 @dataclass(frozen=True)

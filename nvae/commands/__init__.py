@@ -1,0 +1,1 @@
+"""What the scripts call: arguments parsed, objects built, actions called."""

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from .. import distributed
-from ..config import UserError
-from ..precision import Precision
+from ..core import distributed
+from ..core.errors import UserError
+from ..core.precision import Precision
 from .subject import Subject, open_subject
 
 TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies ends the others

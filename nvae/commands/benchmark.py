@@ -14,19 +14,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..benchmark.extent import memory_growth, over_batches, over_groups, saved_mib_per_image, seconds_to_first_update
+from ..benchmark.loading import decoder_rate, loader_rate, resident_milliseconds
 from ..benchmark.machine import description, keep_memory, matrix_peak, training_gflop
 from ..benchmark.stores import made_store
 from ..benchmark.timing import in_turns
-from ..benchmark.workloads import MODELS, WORK, Way, Workload
-from ..config import UserError
-from ..data.benchmark import decoder_rate, loader_rate, resident_milliseconds
+from ..benchmark.workloads import MODELS, WORK, Way, Workload, model_named
+from ..core.distributed import device_type
+from ..core.precision import AUTOCAST, precision_on
 from ..data.config import DataConfig
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
-from ..distributed import device_type
-from ..models.nvae import NVAEConfig
-from ..precision import AUTOCAST, precision_on
-from ..run import read_run_config
 
 Figures = dict[str, Any]
 Table = tuple[list[str], Figures]
@@ -36,12 +33,7 @@ Table = tuple[list[str], Figures]
 def workload_of(args: argparse.Namespace) -> Workload:
     """The model and the device that the arguments name. Raises UserError for a model without a plain mode."""
     device = torch.device(device_type(args.device, "--device"))
-    config = MODELS.get(args.model)
-    if config is None:
-        recipe = read_run_config(Path(args.model), []).model
-        if not isinstance(recipe, NVAEConfig):
-            raise UserError(f"--model: {args.model} is no NVAE; give a recipe of one, or one of {', '.join(MODELS)}")
-        config = recipe
+    config = model_named(args.model)
     return Workload(config, args.batch[0], device, args.importance_samples)
 
 

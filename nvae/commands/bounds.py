@@ -8,14 +8,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..config import UserError
+from ..core.distributed import barrier, from_rank_zero, rank, world_size
+from ..core.errors import UserError
 from ..data.loading import Batch, evaluation_batches
 from ..data.sets import open_images
 from ..data.splits import Split
-from ..distributed import barrier, from_rank_zero, rank, world_size
-from ..evaluation import check_samples, evaluate, has_importance_weights
+from ..evaluation.bounds import check_samples, evaluate, has_importance_weights
+from ..evaluation.results import circumstances, key_of, read_results, record
 from ..models.base import Family
-from ..results import circumstances, key_of, read_results, record
 from .subject import Subject
 
 DEFAULT_SAMPLES = 100

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import latent_space
-from ..config import UserError
+from ..core.distributed import rank
+from ..core.errors import UserError
 from ..data.loading import evaluation_batches
 from ..data.sets import open_images
 from ..data.splits import Split
-from ..distributed import rank
-from ..pictures import save_animation, save_png, strip
-from ..sampling import sample_images, temperature_of
+from ..sampling import latent_space
+from ..sampling.images import sample_images, temperature_of
+from ..sampling.pictures import save_animation, save_png, strip
 from .samples import model_at
 from .subject import Subject
 

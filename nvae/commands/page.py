@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import latent_space
-from ..checkpoint import atomic_file
-from ..config import UserError, dump_yaml
+from ..core.config import dump_yaml
+from ..core.distributed import rank
+from ..core.errors import UserError
+from ..core.files import atomic_file
 from ..data.sets import open_images
-from ..distributed import rank
+from ..evaluation.report import Chart, Page, Picture, Series, render
+from ..evaluation.results import read_results
 from ..models.base import Family
-from ..pictures import grid, png, strip
-from ..report import Chart, Page, Picture, Series, render
-from ..results import read_results
-from ..sampling import sample_images
+from ..sampling import latent_space
+from ..sampling.images import sample_images
+from ..sampling.pictures import grid, png, strip
 from .latents import cropped, images_of
 from .samples import model_at
 from .subject import Subject

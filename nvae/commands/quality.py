@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.distributed import barrier, from_rank_zero, rank, world_size
 from ..data.loading import evaluation_batches
 from ..data.sets import open_images
-from ..distributed import barrier, from_rank_zero, rank, world_size
-from ..fid import Extractors, Networks, Statistics, cached, metrics, statistics
-from ..results import circumstances, key_of, read_results, record
-from ..sampling import sample_images, shares, temperature_of
+from ..evaluation.quality import Extractors, Networks, Statistics, cached, metrics, statistics
+from ..evaluation.results import circumstances, key_of, read_results, record
+from ..sampling.images import sample_images, shares, temperature_of
 from .latents import cropped
 from .samples import model_at
 from .subject import Subject

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checkpoint import atomic_file
-from ..distributed import gather_objects, rank
+from ..core.distributed import gather_objects, rank
+from ..core.files import atomic_file
 from ..models.base import Family
-from ..pictures import grid, save_png, to_bytes
-from ..sampling import Pixels, readjust_cached, sample_images, shares, temperature_of
+from ..sampling.images import Pixels, readjust_cached, sample_images, shares, temperature_of
+from ..sampling.pictures import grid, save_png, to_bytes
 from .subject import Subject
 
 Format = Literal["png", "npz"]

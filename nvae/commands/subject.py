@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from ..config import UserError
+from ..bricks.likelihoods import MixtureEdge
+from ..checkpoints.loading import Held, Weights, checkpoint_file, load_checkpoint
+from ..core.distributed import from_rank_zero
+from ..core.errors import UserError
+from ..core.precision import Precision, allow_tf32, autocast, precision_on
 from ..data.config import DataConfig
 from ..data.images import fingerprint as images_fingerprint
 from ..data.sets import open_unread
 from ..data.splits import Split
-from ..distributed import from_rank_zero
-from ..likelihoods import MixtureEdge
-from ..loading import Held, Weights, checkpoint_file, load_checkpoint
+from ..evaluation.results import fingerprint
 from ..models.base import Family
-from ..precision import Precision, allow_tf32, autocast, precision_on
-from ..results import fingerprint
-from ..run import AnyRunConfig, load_run, read_run_config, run_config
+from ..training.run import AnyRunConfig, load_run, read_run_config, run_config
 
 
 @dataclass(frozen=True)

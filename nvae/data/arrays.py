@@ -15,7 +15,7 @@ from typing import IO, Any, Self
 import numpy as np
 from PIL import Image
 
-from ..config import UserError
+from ..core.errors import UserError
 from .sources import Positions, Source
 
 DAMAGE = (ValueError, OSError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..config import Config
+from ..core.config import Config
 
 SetName = Literal[
     "digits",

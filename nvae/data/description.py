@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..checkpoint import atomic_file
-from ..randomness import keyed_uniform
+from ..core.files import atomic_file
+from ..core.randomness import keyed_uniform
 from .config import DataConfig
 from .images import Images, spread
 from .sets import open_unread, own_splits

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import UserError
+from ..core.errors import UserError
 from .images import Crop, Images
 from .processes import process_context
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import UserError
+from ..core.errors import UserError
 
 Crop = tuple[float, float]
 """Where a square is cut out of an oblong image: (down, across) in [0, 1] of the room there is."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..randomness import derived_seed, keyed_uniform
+from ..core.randomness import derived_seed, keyed_uniform
 from .config import DataConfig
 from .fetching import Request, fetched
 from .images import Images, InMemory

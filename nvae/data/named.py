@@ -15,7 +15,7 @@ import numpy as np
 import torchvision
 from filelock import FileLock
 
-from ..config import UserError
+from ..core.errors import UserError
 from .arrays import ArrayFile, ArraySource, Joined
 from .config import DataConfig
 from .own import own_images

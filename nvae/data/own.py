@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from ..config import UserError
+from ..core.errors import UserError
 from .arrays import ArrayFile, array_names
 from .config import DataConfig
 from .sources import FolderSource, LmdbSource, Source, ZipSource, image_files, zipped_images

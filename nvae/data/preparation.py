@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-from ..config import UserError, apply_overrides, read_yaml, validate
+from ..core.config import apply_overrides, read_yaml, validate
+from ..core.errors import UserError
 from .config import DataConfig
 from .decoding import BadImage, Shaping
 from .named import SETS

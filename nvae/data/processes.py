@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from typing import TypeVar
 
-from ..config import UserError
+from ..core.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")

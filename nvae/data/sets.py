@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import distributed
-from ..config import UserError
+from ..core import distributed
+from ..core.errors import UserError
 from .config import DataConfig
 from .decoding import Shaping
 from .images import Images, InMemory, read_all

@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 from PIL import Image
 
-from ..config import UserError
+from ..core.errors import UserError
 from .decoding import SUFFIXES, BadImage, Decoded, Shaping, decode
 from .images import Crop
 

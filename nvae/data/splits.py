@@ -7,7 +7,7 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
-from ..config import UserError
+from ..core.errors import UserError
 from .sources import Source
 
 Split = Literal["train", "validation", "test"]

@@ -27,8 +27,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..checkpoint import atomic_file
-from ..config import Config, UserError
+from ..core.config import Config
+from ..core.errors import UserError
+from ..core.files import atomic_file
 from .config import DataConfig
 from .decoding import DAMAGE, BadImage, Decoded, Shaping
 from .images import Crop

@@ -1,1 +1,1 @@
-"""Triton kernels, one module for each operator that has some. Imported only where Triton runs."""
+"""How it is computed fast: one table of operations and their implementations; `plain` is always among them."""

@@ -1,237 +1,171 @@
-"""Depthwise convolution in Triton: forward, input gradient, weight gradient, on channels-last memory.
+"""Depthwise convolution as an operator of its own, with its gradients: fast where PyTorch's is not.
 
-Sums are in float32 (float64 for float64 inputs), whatever the type of the tensors; no atomics, so results repeat.
+Memory is channels-last. On the CPU the forward pass is PyTorch's, the input gradient at stride 1 a forward pass with
+the kernel turned round, and the weight gradient K·K shifted products summed in one pass (docs/performance.md). On CUDA
+all three are Triton kernels (nvae/kernels/triton/depthwise.py). Elsewhere PyTorch's.
 
-Shapes: B batch, H W space of x, h w space of y = ceil(H/stride), C channels, K kernel side (odd), padding K // 2.
-Tensors come as (B, C, H, W) in channels-last memory, that is B·H·W rows of C neighbours; kernels as (K·K, C).
+The operators are opaque to `torch.compile`: never traced into, never a graph break. Where nobody traces, watches or
+differentiates, their functions are called without them.
+
+Shapes: B batch, C channels, H W space of x, h w space of y = ceil(H/stride), K kernel side (odd), padding K // 2.
 """
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_CHANNELS = 64
-BLOCK_COLUMNS = 16
-POSITIONS_PER_PROGRAM = 64
-"""How many output positions one program of the weight gradient sums over, at most."""
+from ..core.precision import at_least_float32
+from .fusion import compiles, fused, watched
+from .native import channels_last
+
+TAPS_PER_PASS = 25
+"""How many taps of the weight gradient one pass sums: as many as accumulators fit into vector registers."""
 
 
-@triton.jit
-def _forward(
-    x_pointer,
-    taps_pointer,
-    bias_pointer,
-    y_pointer,
-    height,
-    width,
-    out_height,
-    out_width,
-    channels,
-    has_bias: tl.constexpr,
-    stride: tl.constexpr,
-    size: tl.constexpr,
-    accumulator: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_channels: tl.constexpr,
-):
-    """One row of y, `block_columns` wide and `block_channels` deep."""
-    image = (tl.program_id(0) // out_height).to(tl.int64)
-    row = tl.program_id(0) % out_height
-    columns = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
-    channel = tl.program_id(2) * block_channels + tl.arange(0, block_channels)
-    inside = channel < channels
-    total = tl.zeros((block_columns, block_channels), accumulator)
-    if has_bias:
-        total += tl.load(bias_pointer + channel, mask=inside, other=0.0).to(accumulator)[None, :]
-    for i in tl.static_range(size):
-        source_row = row * stride + i - size // 2
-        if (source_row >= 0) & (source_row < height):
-            for j in tl.static_range(size):
-                source = columns * stride + j - size // 2
-                valid = (source >= 0) & (source < width)
-                place = ((image * height + source_row) * width + source)[:, None] * channels + channel[None, :]
-                x = tl.load(x_pointer + place, mask=valid[:, None] & inside[None, :], other=0.0)
-                tap = tl.load(taps_pointer + (i * size + j) * channels + channel, mask=inside, other=0.0)
-                total += x.to(accumulator) * tap.to(accumulator)[None, :]
-    place = ((image * out_height + row) * out_width + columns)[:, None] * channels + channel[None, :]
-    tl.store(y_pointer + place, total, mask=(columns < out_width)[:, None] & inside[None, :])
+def depthwise_conv2d(x: Tensor, weight: Tensor, stride: int = 1, bias: Tensor | None = None) -> Tensor:
+    """(B, C, H, W), weight (C, 1, K, K), bias (C) -> (B, C, h, w), in autocast's type where autocast is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _run(_forward, forward_operator, x, weight, None if bias is None else bias.to(x.dtype), stride)
 
 
-@triton.jit
-def _input_gradient(
-    grad_pointer,
-    taps_pointer,
-    x_grad_pointer,
-    height,
-    width,
-    out_height,
-    out_width,
-    channels,
-    stride: tl.constexpr,
-    size: tl.constexpr,
-    accumulator: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_channels: tl.constexpr,
-):
-    """One row of x's gradient: each element gathers from the outputs it took part in."""
-    image = (tl.program_id(0) // height).to(tl.int64)
-    row = tl.program_id(0) % height
-    columns = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
-    channel = tl.program_id(2) * block_channels + tl.arange(0, block_channels)
-    inside = channel < channels
-    total = tl.zeros((block_columns, block_channels), accumulator)
-    for i in tl.static_range(size):
-        above = row + size // 2 - i
-        source_row = above // stride
-        if (above >= 0) & (above % stride == 0) & (source_row < out_height):
-            for j in tl.static_range(size):
-                before = columns + size // 2 - j
-                source = before // stride
-                valid = (before >= 0) & (before % stride == 0) & (source < out_width)
-                place = ((image * out_height + source_row) * out_width + source)[:, None] * channels + channel[None, :]
-                grad = tl.load(grad_pointer + place, mask=valid[:, None] & inside[None, :], other=0.0)
-                tap = tl.load(taps_pointer + (i * size + j) * channels + channel, mask=inside, other=0.0)
-                total += grad.to(accumulator) * tap.to(accumulator)[None, :]
-    place = ((image * height + row) * width + columns)[:, None] * channels + channel[None, :]
-    tl.store(x_grad_pointer + place, total, mask=(columns < width)[:, None] & inside[None, :])
-
-
-@triton.jit
-def _weight_gradient(
-    x_pointer,
-    grad_pointer,
-    partial_pointer,
-    height,
-    width,
-    out_height,
-    out_width,
-    channels,
-    positions,
-    stride: tl.constexpr,
-    size: tl.constexpr,
-    accumulator: tl.constexpr,
-    positions_per_program: tl.constexpr,
-    block_taps: tl.constexpr,
-    block_channels: tl.constexpr,
-):
-    """All taps of `block_channels` channels, summed over a run of output positions, into one row of partial sums."""
-    tap = tl.arange(0, block_taps)
-    i, j = tap // size, tap % size
-    channel = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
-    inside = channel < channels
-    total = tl.zeros((block_taps, block_channels), accumulator)
-    first = tl.program_id(0) * positions_per_program
-    for position in range(first, tl.minimum(first + positions_per_program, positions)):
-        column = position % out_width
-        row = position // out_width % out_height
-        image = (position // (out_width * out_height)).to(tl.int64)
-        source_row, source = row * stride + i - size // 2, column * stride + j - size // 2
-        valid = (source_row >= 0) & (source_row < height) & (source >= 0) & (source < width) & (tap < size * size)
-        place = ((image * height + source_row) * width + source)[:, None] * channels + channel[None, :]
-        x = tl.load(x_pointer + place, mask=valid[:, None] & inside[None, :], other=0.0)
-        grad_place = ((image * out_height + row) * out_width + column) * channels + channel
-        grad = tl.load(grad_pointer + grad_place, mask=inside, other=0.0)
-        total += x.to(accumulator) * grad.to(accumulator)[None, :]
-    place = (tl.program_id(0).to(tl.int64) * size * size + tap)[:, None] * channels + channel[None, :]
-    tl.store(partial_pointer + place, total, mask=(tap < size * size)[:, None] & inside[None, :])
-
-
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """x (B, C, H, W), weight (C, 1, K, K), bias (C) -> (B, C, h, w)."""
-    batch, channels, height, width = x.shape
-    out_height, out_width = -(-height // stride), -(-width // stride)
-    y = _like(x, (batch, channels, out_height, out_width))
-    grid = (batch * out_height, triton.cdiv(out_width, BLOCK_COLUMNS), triton.cdiv(channels, BLOCK_CHANNELS))
-    _forward[grid](
-        _rows(x),
-        _taps(weight),
-        weight if bias is None else bias,  # not read without a bias
-        y,
-        height,
-        width,
-        out_height,
-        out_width,
-        channels,
-        has_bias=bias is not None,
-        **_sizes(x, weight, stride),
-    )
-    return y
-
-
-def input_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, int, int, int], stride: int) -> Tensor:
-    """The gradient of x of `shape` (B, C, H, W), from that of y (B, C, h, w)."""
-    batch, channels, height, width = shape
-    out_height, out_width = grad.shape[2:]
-    x_grad = _like(grad, shape)
-    grid = (batch * height, triton.cdiv(width, BLOCK_COLUMNS), triton.cdiv(channels, BLOCK_CHANNELS))
-    _input_gradient[grid](
-        _rows(grad),
-        _taps(weight),
-        x_grad,
-        height,
-        width,
-        out_height,
-        out_width,
-        channels,
-        **_sizes(grad, weight, stride),
-    )
-    return x_grad
+def input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """The gradient of x, (B, C, H, W) with `size` (H, W), from that of y."""
+    return _run(_input_gradient, input_gradient_operator, grad, weight, *size, stride)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
-    """The gradient (C, 1, K, K), float32 or more, of the kernel."""
-    batch, channels, height, width = x.shape
-    out_height, out_width = grad.shape[2:]
-    positions = batch * out_height * out_width
-    programs = triton.cdiv(positions, POSITIONS_PER_PROGRAM)
-    partial = x.new_empty((programs, size * size, channels), dtype=_sum_type(x))
-    _weight_gradient[(programs, triton.cdiv(channels, BLOCK_CHANNELS))](
-        _rows(x),
-        _rows(grad),
-        partial,
-        height,
-        width,
-        out_height,
-        out_width,
-        channels,
-        positions,
-        stride=stride,
-        size=size,
-        accumulator=_triton_type(x),
-        positions_per_program=POSITIONS_PER_PROGRAM,
-        block_taps=triton.next_power_of_2(size * size),
-        block_channels=BLOCK_CHANNELS,
+    """The gradient of the kernel, (C, 1, size, size), float32 or more, from that of y."""
+    return _run(_weight_gradient, weight_gradient_operator, grad, x, size, stride)
+
+
+def _run(function: Callable[..., Tensor], operator: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    """The operator's result, by its function alone where nobody needs the operator: no compiler, autograd, observer."""
+    needed = torch.compiler.is_compiling() or torch.is_grad_enabled() or watched(x)
+    return operator(x, *others) if needed else function(x, *others)
+
+
+# ----------------------------------------------------------------------------------------------------- the operators
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    if _in_triton(x):
+        from .triton import depthwise as kernels
+
+        return kernels.forward(x, weight, bias, stride)
+    return channels_last(_convolve(channels_last(x), weight, bias, stride))
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    shape = (*grad.shape[:2], height, width)
+    if _in_triton(grad):
+        from .triton import depthwise as kernels
+
+        return kernels.input_gradient(grad, weight, shape, stride)
+    if stride == 1:
+        return channels_last(_convolve(channels_last(grad), weight.flip(2, 3), None, 1))
+    # In float32 also for smaller types: PyTorch's own takes 80 times as long in bfloat16.
+    wide, kernel = at_least_float32(channels_last(grad)), at_least_float32(weight)
+    x = wide.new_empty(1).expand(shape)
+    return channels_last(_backward(wide, x, kernel, stride, (True, False, False))[0].to(grad.dtype))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
+    if _in_triton(x):
+        from .triton import depthwise as kernels
+
+        return kernels.weight_gradient(grad, x, size, stride)
+    grad, x = channels_last(grad), channels_last(x)
+    if x.device.type == "cpu" and compiles("cpu"):
+        rows = max(TAPS_PER_PASS // size, 1)  # of the kernel, in one pass
+        passes = [range(first, min(first + rows, size)) for first in range(0, size, rows)]
+        rows_x, rows_grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
+        taps = torch.cat([_summed_taps(rows_x, rows_grad, size, stride, part.start, part.stop) for part in passes])
+        return taps.t().reshape(-1, 1, size, size).contiguous()
+    weight = x.new_empty(1).expand(x.shape[1], 1, size, size)
+    return at_least_float32(_backward(grad, x, weight, stride, (False, True, False))[1])
+
+
+@fused(dynamic=False)
+def _summed_taps(x: Tensor, grad: Tensor, size: int, stride: int, first: int, end: int) -> Tensor:
+    """Rows `first` to `end` of the kernel's gradient, (rows·K, C), from x (B, H, W, C) and grad (B, h, w, C).
+
+    Sums over an image before it sums over images: partial sums are what a core keeps in registers.
+    """
+    height, width = grad.shape[1:3]
+    pad = size // 2
+    x = F.pad(x, (0, 0, pad, pad + stride, pad, pad + stride))
+    wide = at_least_float32(grad)
+    taps = []
+    for i in range(first, end):
+        for j in range(size):
+            shifted = x[:, i : i + stride * height : stride, j : j + stride * width : stride]
+            taps.append((at_least_float32(shifted) * wide).sum((1, 2)).sum(0))
+    return torch.stack(taps)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    return F.conv2d(x, weight, bias, stride, weight.shape[2] // 2, 1, weight.shape[0])
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    """PyTorch's own gradients of (x, weight, bias), those that are wanted."""
+    pad, channels = weight.shape[2] // 2, weight.shape[0]
+    gradients = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (stride, stride), (pad, pad), (1, 1), False, (0, 0), channels, wanted
     )
-    return partial.sum(0).t().reshape(channels, 1, size, size)
+    return cast(tuple[Tensor, ...], gradients)
 
 
-def _sizes(x: Tensor, weight: Tensor, stride: int) -> dict[str, object]:
-    return {
-        "stride": stride,
-        "size": weight.shape[2],
-        "accumulator": _triton_type(x),
-        "block_columns": BLOCK_COLUMNS,
-        "block_channels": BLOCK_CHANNELS,
-    }
+def _in_triton(x: Tensor) -> bool:
+    return x.device.type == "cuda" and compiles("cuda")
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+# ------------------------------------------------------------------------------------ what compilers and autograd see
+
+forward_operator = torch.library.custom_op("nvae::depthwise", _forward, mutates_args=())
+input_gradient_operator = torch.library.custom_op("nvae::depthwise_input_gradient", _input_gradient, mutates_args=())
+weight_gradient_operator = torch.library.custom_op("nvae::depthwise_weight_gradient", _weight_gradient, mutates_args=())
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """(C, 1, K, K) -> (K·K, C), contiguous."""
-    return weight.flatten(1).t().contiguous()
+@forward_operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    return _empty(x, (batch, channels, -(-height // stride), -(-width // stride)))
 
 
-def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+@input_gradient_operator.register_fake
+def _(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    return _empty(grad, (*grad.shape[:2], height, width))
+
+
+@weight_gradient_operator.register_fake
+def _(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
+    return x.new_empty((x.shape[1], 1, size, size), dtype=at_least_float32(x.new_empty(0)).dtype)
+
+
+def _empty(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _sum_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+    x, weight, _, ctx.stride = inputs
+    ctx.save_for_backward(x, weight)
 
 
-def _triton_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    x_grad = input_gradient(grad, weight, (x.shape[2], x.shape[3]), ctx.stride) if needs_x else None
+    weight_grad = weight_gradient(grad, x, weight.shape[2], ctx.stride).to(weight.dtype) if needs_weight else None
+    return x_grad, weight_grad, grad.sum((0, 2, 3)) if needs_bias else None, None
+
+
+forward_operator.register_autograd(_gradients, setup_context=_keep)

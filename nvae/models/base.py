@@ -14,9 +14,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config import Config, UserError
-from ..latents import Normal, Score
-from ..likelihoods import Likelihood, LikelihoodConfig
+from ..bricks.latents import Normal, Score
+from ..bricks.likelihoods import Likelihood, LikelihoodConfig
+from ..core.config import Config
+from ..core.errors import UserError
 
 Density = Literal["exact", "bound", "none"]
 Recomputation = Literal["none", "activations", "cells"]

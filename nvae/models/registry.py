@@ -3,10 +3,11 @@
 import importlib
 from typing import Any
 
-from ..config import UserError, nearest
+from ..core.config import nearest
+from ..core.errors import UserError
 from .base import Family, ModelConfig
 
-FAMILIES = {"nvae": "nvae.models.nvae:NVAE", "vdvae": "nvae.models.vdvae:VDVAE"}
+FAMILIES = {"nvae": "nvae.models.nvae.model:NVAE", "vdvae": "nvae.models.vdvae.model:VDVAE"}
 
 
 def family(name: str) -> type[Family[Any]]:

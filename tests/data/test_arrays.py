@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stand_ins import noise
 
-from nvae.config import UserError
+from nvae.core.errors import UserError
 from nvae.data.arrays import ArrayFile, ArraySource, Joined, array_names
-
-from .stand_ins import noise
 
 
 def saved(path: Path, array: np.ndarray[Any, Any]) -> Path:

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torchvision.transforms.v2 as transforms
 from PIL import Image
+from stand_ins import file_bytes, noise, smooth
 
 from nvae.data.decoding import BadImage, Shaping, decode
-
-from .stand_ins import file_bytes, noise, smooth
 
 
 def through(image: Image.Image, kind: str = "PNG", **options: object) -> Image.Image:

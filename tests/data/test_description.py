@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stand_ins import noise
 
 from nvae.data.config import DataConfig
 from nvae.data.description import describe, histogram, histogram_bits, png_bits, write_sheet
 from nvae.data.images import InMemory
-
-from .stand_ins import noise
 
 
 def test_a_histogram_counts_every_value_at_every_pixel() -> None:

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
+from stand_ins import file_bytes, image_folder, smooth
 from torch import Tensor
 
-from nvae.config import UserError
+from nvae.core.errors import UserError
 from nvae.data import fetching
 from nvae.data.config import DataConfig
 from nvae.data.images import CENTRE, Crop, Images, InMemory
 from nvae.data.loading import Batch, TrainingStream, evaluation_batches
 from nvae.data.sets import open_images
-
-from .stand_ins import file_bytes, image_folder, smooth
 
 CPU = torch.device("cpu")
 
@@ -309,7 +309,7 @@ UNEXPECTED = """
     import torch
     from nvae.data.config import DataConfig
     from nvae.data.loading import TrainingStream
-    from data.test_loading import Lazy, config, numbered
+    from tests.data.test_loading import Lazy, config, numbered
 
     if __name__ == "__main__":
         batches = TrainingStream(Lazy(numbered(9)), config(workers=1), seed=0, device=torch.device("cpu")).batches(0)
@@ -321,7 +321,7 @@ UNEXPECTED = """
 def test_loader_processes_do_not_keep_a_failed_program_from_ending(tmp_path: Path) -> None:
     """The traceback keeps the loader alive, and processes that ignore signals would be waited for without end."""
     (tmp_path / "script.py").write_text(textwrap.dedent(UNEXPECTED))
-    paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 2))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
     ended = subprocess.run(
         [sys.executable, tmp_path / "script.py"],
         env={**os.environ, "PYTHONPATH": paths},

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stand_ins
 import torch
 from PIL import Image
+from stand_ins import file_bytes, image_folder, noise
 
-from nvae.config import UserError
+from nvae.core.errors import UserError
 from nvae.data import preparation
 from nvae.data.config import DataConfig
 from nvae.data.images import fingerprint
@@ -25,8 +27,6 @@ from nvae.data.sets import open_images, open_unread
 from nvae.data.splits import SPLITS, Split
 from nvae.data.store import Index
 
-from . import stand_ins
-from .stand_ins import file_bytes, image_folder, noise
 from .test_decoding import BAD
 
 NAMES = [f"{i:02d}.png" for i in range(20)]

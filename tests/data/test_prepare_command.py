@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
+from stand_ins import image_folder
 
-from .stand_ins import image_folder
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 @pytest.fixture(autouse=True)

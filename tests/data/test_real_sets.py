@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import SHARED
 
 from nvae.data.config import DataConfig
 from nvae.data.description import describe
@@ -13,7 +14,7 @@ from nvae.data.loading import TrainingStream, evaluation_batches
 from nvae.data.preparation import prepare, verify
 from nvae.data.sets import open_images
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.shared

@@ -8,19 +8,18 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import stand_ins
 import torch
 from PIL import Image
+from stand_ins import file_bytes, image_folder, noise, published_lmdb, smooth
 
-from nvae.config import UserError
+from nvae.core.errors import UserError
 from nvae.data.config import DataConfig, SetName
 from nvae.data.images import Images, InMemory, fingerprint
 from nvae.data.named import SETS
 from nvae.data.sets import open_images
 from nvae.data.sources import Shaped
 from nvae.data.splits import Split
-
-from . import stand_ins
-from .stand_ins import file_bytes, image_folder, noise, published_lmdb, smooth
 
 
 @pytest.fixture(autouse=True)

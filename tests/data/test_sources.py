@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stand_ins import file_bytes, image_folder, noise, published_lmdb, smooth, write_lmdb, zipped
 
-from nvae.config import UserError
+from nvae.core.errors import UserError
 from nvae.data.decoding import BadImage, Shaping
 from nvae.data.images import BadImagesError, read_all
 from nvae.data.sources import FolderSource, LmdbSource, Shaped, ZipSource, image_files, zipped_images
-
-from .stand_ins import file_bytes, image_folder, noise, published_lmdb, smooth, write_lmdb, zipped
 
 
 def test_a_folder_is_searched_at_any_depth_and_in_one_order(tmp_path: Path) -> None:

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stand_ins import image_folder, noise, published_lmdb, zipped
 
-from nvae.config import UserError
+from nvae.core.errors import UserError
 from nvae.data.config import DataConfig
 from nvae.data.own import own_images
 from nvae.data.sources import FolderSource, Source
 from nvae.data.splits import SPLITS, Split, hold_out
-
-from .stand_ins import image_folder, noise, published_lmdb, zipped
 
 NAMES = [f"{i:03d}.png" for i in range(100)]
 

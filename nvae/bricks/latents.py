@@ -1,0 +1,93 @@
+"""Latent variables: bounded Normals, the residual posterior, KL (spec §3; paper §3.2, Eq. 2).
+
+Everything here is computed in at least float32. Shapes: B batch, L latent channels, h w space of a group.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.precision import at_least_float32
+
+
+def soft_clamp(u: Tensor) -> Tensor:
+    """5·tanh(u/5): the identity near 0, never beyond ±5 (spec §3)."""
+    return 5 * torch.tanh(u / 5)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent Normals; mean and sigma are (B, L, h, w)."""
+
+    mean: Tensor
+    sigma: Tensor
+
+    @staticmethod
+    def from_raw(raw: Tensor, temperature: float = 1.0) -> "Normal":
+        """From raw parameters (B, 2L, h, w): mean soft(m), sigma (exp(soft(l)) + 0.01) · temperature (spec §3)."""
+        mean, log_sigma = soft_clamp(at_least_float32(raw)).chunk(2, dim=1)
+        return Normal(mean, (log_sigma.exp() + 0.01) * temperature)
+
+    @staticmethod
+    def from_sum(raws: Sequence[Tensor], temperature: float = 1.0) -> "Normal":
+        """From raw parameters (B, 2L, h, w) that are summed; those of fewer images count again for the next ones."""
+        total, *others = map(at_least_float32, raws)
+        for raw in others:
+            total = sum_with_each(total, raw)
+        return Normal.from_raw(total, temperature)
+
+    @staticmethod
+    def from_log_sigma(raw: Tensor, temperature: float = 1.0) -> "Normal":
+        """From (B, 2L, h, w): mean m and sigma exp(l) · temperature, both unbounded (spec_vdvae, Decoder)."""
+        mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
+        return Normal(mean, log_sigma.exp() * temperature)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """μ + σ·ε for standard-normal noise (B, L, h, w)."""
+        return self.mean + self.sigma * noise
+
+    def noise_of(self, z: Tensor) -> Tensor:
+        """The ε for which `draw` gives z."""
+        return (z - self.mean) / self.sigma
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of each element in nats, (B, L, h, w)."""
+        return -0.5 * self.noise_of(z).square() - 0.5 * math.log(2 * math.pi) - self.sigma.log()
+
+
+def kl_divergence(q: Normal, p: Normal) -> Tensor:
+    """KL(q ‖ p) of each element in nats: ½(((μq−μp)/σp)² + (σq/σp)²) − ½ − log(σq/σp) (spec §3; paper Eq. 2)."""
+    ratio = q.sigma / p.sigma
+    return 0.5 * (((q.mean - p.mean) / p.sigma).square() + ratio.square()) - 0.5 - ratio.log()
+
+
+class Score(NamedTuple):
+    """What a draw costs, in nats."""
+
+    channel_kl: Tensor
+    """(B, L)."""
+    log_q: Tensor
+    """(B,)."""
+    log_p: Tensor
+    """(B,)."""
+
+
+def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Score:
+    """Of a draw from q, which a flow without log-determinant has made z, under p (spec §3).
+
+    KL is in `closed` form, where there is no flow, or else log q − log p at the draw.
+    """
+    log_q, log_p = q.log_prob(drawn), p.log_prob(z)
+    divergence = kl_divergence(q, p) if closed else log_q - log_p
+    return Score(divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3)))
+
+
+def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
+    """x (K·B, C, h, w) of K draws of B images, plus y (B, C, h, w) of the images: (K·B, C, h, w)."""
+    if len(x) == len(y):
+        return x + y
+    return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)

@@ -1,0 +1,55 @@
+"""Converting checkpoints between the published formats and ours (spec §9; spec_vdvae, Published checkpoints)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import UserError
+from ..core.files import atomic_file
+from ..models.nvae.published import SAFE_TYPES
+from .format import is_ours, read_safely, save_checkpoint
+from .loading import (
+    PUBLISHED_FORMATS,
+    PublishedFormat,
+    checkpoint_file,
+    config_from,
+    load_model,
+    published_format,
+)
+
+
+def convert(source: Path, target: Path, *, config: Path | None = None, dataset: str | None = None) -> str:
+    """Writes `target` in the other format than `source` is in; returns a line that says what was done.
+
+    `config` is the recipe of a published checkpoint that carries no hyper-parameters, `dataset` the published name of
+    the set for one that does. A converted published checkpoint keeps the published mixture edge. Raises UserError.
+    """
+    content = read_safely(checkpoint_file(source), SAFE_TYPES)
+    if is_ours(content):
+        return _to_published(source, content, target, dataset)
+    form = published_format(content)
+    if form is None:
+        raise UserError(f"{source}: neither a published checkpoint nor one of ours")
+    return _to_ours(form, source, content, target, config)
+
+
+def _to_ours(form: PublishedFormat, source: Path, content: dict[str, Any], target: Path, config: Path | None) -> str:
+    try:
+        model = form.from_published(content, config=None if config is None else config_from(config))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    saved = {"config": {"model": model.config.model_dump(mode="json")}, "model": model.state_dict(), "ema": None}
+    save_checkpoint(target, {**saved, "published": form.origin(content)})
+    return f"{target}: ours, from a published checkpoint; mixture edge: {model.config.likelihood.edge}"
+
+
+def _to_published(source: Path, content: dict[str, Any], target: Path, dataset: str | None) -> str:
+    model = load_model(source)
+    form = next((form for form in PUBLISHED_FORMATS if isinstance(model, form.FAMILY)), None)
+    if form is None:
+        raise UserError(f"{source}: no published format holds models of {type(model).__name__}")
+    published = form.content_of(model, content.get("published") or {}, dataset)
+    with atomic_file(target) as file:
+        torch.save(published, file)
+    return f"{target}: a published checkpoint, from ours"

@@ -1,0 +1,157 @@
+"""Ranks: the process group that torchrun describes, and the few reductions the rest of the code needs.
+
+One process needs no process group: every function here is then the identity. `all_mean` is the only one through
+which gradients flow, and the only one bricks may use.
+"""
+
+import datetime
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+def is_distributed() -> bool:
+    """True when several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number, 0 where there is one process."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def device_type(wanted: str, field: str) -> str:
+    """`cpu` or `cuda`; `auto` is CUDA where there is one. Raises UserError, naming the field, where CUDA is missing."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{field}: cuda was asked for, but no CUDA device is there")
+    return wanted
+
+
+def start(device_type: str, timeout_minutes: float) -> torch.device:
+    """Joins the process group torchrun's environment describes (none for one process); returns this rank's device.
+
+    A collective that waits longer than `timeout_minutes` ends the process instead of hanging. Raises UserError where
+    there are more processes than GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device(device_type)
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices: "
+                "--nproc-per-node is at most their number"
+            )
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _AllMean(torch.autograd.Function):
+    """Mean over ranks. Each rank's loss depends on every rank's input, so the gradient is the mean of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return mean_over_ranks(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_mean(grads[0])
+
+
+def all_mean(value: Tensor) -> Tensor:
+    """Differentiable mean of a tensor over ranks (same shape on every rank)."""
+    return cast(Tensor, _AllMean.apply(value)) if is_distributed() else value
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a tensor over ranks, without gradient."""
+    return sum_over_ranks(value) / world_size() if is_distributed() else value
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over ranks, without gradient."""
+    if not is_distributed():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank when `flag` is true on any."""
+    if not is_distributed():
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value` (any small picklable object), in the order of ranks, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's `value` (any small picklable object) on every rank."""
+    if not is_distributed():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if is_distributed():
+        dist.barrier()
+
+
+def check_same_state(module: nn.Module) -> None:
+    """Raises UserError when ranks hold different parameters or buffers, naming the first that differs."""
+    check_same(module.state_dict(), next(module.parameters()).device)
+
+
+def check_same(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Raises UserError on every rank when ranks hold different tensors, naming the first that differs.
+
+    Sums are compared, on the ranks' own `device`.
+    """
+    if not is_distributed():
+        return
+    sums = torch.stack([tensor.detach().double().sum().to(device) for tensor in tensors.values()])
+    sums = sums.nan_to_num(torch.inf)  # the smallest of a number and nan is either
+    if len(set(gather_objects(len(sums)))) > 1:
+        raise UserError("ranks hold different states: do all machines see the same run folder, code and config?")
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    same = low == high
+    if not bool(same.all()):
+        first = list(tensors)[int((~same).nonzero()[0])]
+        raise UserError(f"ranks hold different weights, first at '{first}': restart from the last checkpoint")

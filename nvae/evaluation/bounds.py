@@ -1,0 +1,390 @@
+"""Bounds on log p(x) of held-out images: negative ELBO and importance-weighted bounds (spec §7; Burda et al. 2016).
+
+An image is encoded once, whatever the number of importance samples, and its draws are decoded as a batch. Noise is
+keyed on (seed, test draw, sample, image): figures depend neither on the batch, nor on how many draws are decoded at
+once, nor on the number of ranks.
+
+All figures are in nats and are to be minimised: −log p(x) is at most each of them, in expectation.
+
+Shapes: B images of a batch, N images of a split, K importance samples, k of them decoded at once; G latent groups
+(top-down), L latent channels of a group (of the largest one; groups with fewer have zeros there).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..bricks.likelihoods import LIKELIHOODS
+from ..core.distributed import from_rank_zero, gather_objects, rank
+from ..core.errors import UserError
+from ..core.files import atomic_file
+from ..core.randomness import keyed_normal
+from ..data.loading import Batch
+from ..models.base import Family, Features, ModelConfig
+
+ACTIVE = 0.1
+"""A latent channel whose mean KL over the images is above this many nats is active (spec §6)."""
+PIXELS = {"cuda": 2**18, "cpu": 2**15}
+"""Pixels of an image channel that are decoded at once unless told otherwise: on a GPU 256 images of 32×32 or 4 of
+256×256, on a CPU, whose caches hold less, an eighth of that."""
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of N images: means over their draws, in nats, float64, on the CPU."""
+
+    indices: Tensor
+    """(N,) positions of the images in their split."""
+    reconstruction: Tensor
+    """(N,) −log p(x | z)."""
+    kl: Tensor
+    """(N, G)."""
+    channel_kl: Tensor
+    """(G, L) KL of each latent channel, summed over the N images."""
+    bounds: dict[int, Tensor]
+    """Number of importance samples -> (N,), minus the importance-weighted bound; empty where there are no weights."""
+
+    @property
+    def nelbo(self) -> Tensor:
+        """(N,) negative ELBO."""
+        return self.reconstruction + self.kl.sum(1)
+
+    @property
+    def active_units(self) -> Tensor:
+        """(G,) number of active latent channels of each group."""
+        return (self.channel_kl / len(self.indices) > ACTIVE).sum(1)
+
+    def summary(self) -> dict[str, float]:
+        """Means over the images: nelbo, reconstruction, kl, and bound_K for each K."""
+        means = {"nelbo": self.nelbo, "reconstruction": self.reconstruction, "kl": self.kl.sum(1)}
+        means |= {f"bound_{samples}": bound for samples, bound in self.bounds.items()}
+        return {name: float(values.mean()) for name, values in means.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, to be written or joined."""
+        named = {name: getattr(self, name) for name in ("indices", "reconstruction", "kl", "channel_kl")}
+        return named | {f"bound.{samples}": bound for samples, bound in self.bounds.items()}
+
+    @staticmethod
+    def from_tensors(named: dict[str, Tensor]) -> "Figures":
+        """The reverse of `tensors`."""
+        bounds = {int(k.removeprefix("bound.")): v for k, v in named.items() if k.startswith("bound.")}
+        plain = {name: value for name, value in named.items() if not name.startswith("bound.")}
+        return Figures(**plain, bounds=dict(sorted(bounds.items())))
+
+    @staticmethod
+    def joined(parts: Sequence["Figures"]) -> "Figures":
+        """The figures of all images of several disjoint parts, in the order of the split."""
+        named = [part.tensors() for part in parts]
+        order = torch.cat([part.indices for part in parts]).argsort()
+        together = {name: torch.cat([part[name] for part in named])[order] for name in named[0] if name != "channel_kl"}
+        assert bool((together["indices"].diff() > 0).all()), "an image was measured twice"
+        return Figures.from_tensors(together | {"channel_kl": torch.stack([part.channel_kl for part in parts]).sum(0)})
+
+
+class Parts:
+    """The figures found so far, kept in a folder so that an evaluation that was stopped goes on where it was.
+
+    Ranks write their own files; the first reads them all. Without a folder everything stays in memory.
+    """
+
+    def __init__(self, folder: Path | None = None, seconds: float = 60.0) -> None:
+        """`seconds`: how much work may be lost, that is how often the folder is written."""
+        self.folder, self.seconds = folder, seconds
+        self._kept: list[Figures] = []
+        self._unsaved: list[Figures] = []
+        self._saved_at = time.monotonic()
+        if folder is not None and rank() == 0:
+            files = sorted(folder.glob("*.safetensors"))
+            self._kept = [Figures.from_tensors(safetensors.torch.load_file(file)) for file in files]
+        self.done: frozenset[int] = from_rank_zero(frozenset(i for part in self._kept for i in part.indices.tolist()))
+        """Positions of the images that need not be measured again."""
+
+    def add(self, figures: Figures) -> None:
+        """Takes in the figures of a batch."""
+        self._unsaved.append(figures)
+        if time.monotonic() - self._saved_at >= self.seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Writes what is not yet in the folder."""
+        if self._unsaved:
+            part = Figures.joined(self._unsaved)
+            self._kept.append(part)
+            self._unsaved = []
+            if self.folder is not None:
+                with atomic_file(self.folder / f"{rank()}-{int(part.indices[0])}.safetensors") as file:
+                    file.write(safetensors.torch.save(part.tensors()))
+        self._saved_at = time.monotonic()
+
+    def gathered(self) -> Figures:
+        """The figures of all ranks, on every rank, each image once."""
+        self.save()
+        parts = [part for parts in gather_objects(self._kept) for part in parts]
+        if not parts:
+            raise UserError("there are no images to evaluate")
+        return Figures.joined(parts)
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def importance_weighted_bound(log_weights: Tensor) -> Tensor:
+    """log mean_k exp of log importance weights (K, B), in nats: (B,) (Burda et al. 2016; spec §7)."""
+    return torch.logsumexp(log_weights, dim=0) - math.log(log_weights.shape[0])
+
+
+def bits_per_dim(nats: float, dims: int) -> float:
+    """nats / (ln 2 · dims), dims = C·H·W of the original data (spec §4)."""
+    return nats / (math.log(2) * dims)
+
+
+def ladder(samples: int) -> list[int]:
+    """1, 10, 100, … below `samples`, and `samples` itself: the K for which the bound is given."""
+    return [*(10**i for i in range(len(str(samples - 1))) if 10**i < samples), samples]
+
+
+def bounds_of(log_weights: Tensor) -> dict[int, Tensor]:
+    """K -> minus the bound (B,) of each rung of the ladder, all from the same log weights (K, B).
+
+    A rung below K is the mean over the disjoint blocks of its length; draws that fill no block don't count there.
+    Where every rung divides K, each has the same draws, and so (Jensen) none is better than the next, image by image.
+    """
+    total, batch = log_weights.shape
+    bounds = {}
+    for samples in ladder(total):
+        blocks = log_weights[: total // samples * samples].reshape(-1, samples, batch)
+        bounds[samples] = -importance_weighted_bound(blocks.transpose(0, 1)).mean(0)
+    return bounds
+
+
+def has_importance_weights(model: Family[Any]) -> bool:
+    """True where log p(x) is bounded through a density of the latents."""
+    return model.density == "bound"
+
+
+def check_samples(model: Family[Any], samples: int) -> None:
+    """Raises UserError where importance samples are asked of a family that has no importance weights."""
+    if samples > 1 and not has_importance_weights(model):
+        reason = {"exact": "its likelihood is exact", "none": "it has no density of its latents"}[model.density]
+        raise UserError(
+            f"importance samples: {type(model).__name__} takes none, {reason}; found {samples}, allowed is 1"
+        )
+
+
+class Evaluator:
+    """Measures batches of images under a model.
+
+    `rows`: how many images × draws are decoded at once (None: `PIXELS`); halved whenever a GPU's memory runs out.
+    """
+
+    def __init__(
+        self, model: Family[Any], *, samples: int = 1, seed: int = 0, draw: int = 0, rows: int | None = None
+    ) -> None:
+        """Raises UserError as `check_samples` does."""
+        check_samples(model, samples)
+        self.model, self.samples, self.seed, self.draw = model, samples, seed, draw
+        kind = next(model.parameters()).device.type
+        self.rows = rows or max(PIXELS.get(kind, PIXELS["cpu"]) // model.config.image_size**2, 1)
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, indices: Sequence[int]) -> Figures:
+        """The figures of images (B, C, H, W) in [0, 1], which stand at `indices` in their split."""
+        features = self.model.encode(images)
+        found: list[_Draws] = []
+        done = 0
+        while done < self.samples:
+            count = min(max(self.rows // len(indices), 1), self.samples - done)
+            try:
+                found.append(self._draw(features, indices, range(done, done + count)))
+                done += count
+            except torch.OutOfMemoryError as error:
+                if count == 1:
+                    raise UserError(f"out of memory at one draw of {len(indices)} images: lower the batch") from error
+                self.rows = count // 2 * len(indices)
+        channel_kl = torch.stack([draws.channel_kl for draws in found]).sum(0).cpu() / self.samples  # (B, G, L)
+        weights = [draws.log_weights for draws in found if draws.log_weights is not None]
+        return Figures(
+            indices=torch.tensor(list(indices)),
+            reconstruction=torch.cat([draws.reconstruction for draws in found]).mean(0).cpu(),
+            kl=channel_kl.sum(2),
+            channel_kl=channel_kl.sum(0),
+            bounds={k: bound.cpu() for k, bound in bounds_of(torch.cat(weights)).items()} if weights else {},
+        )
+
+    def _draw(self, features: Features, indices: Sequence[int], samples: range) -> "_Draws":
+        """Decodes these draws of every image as one batch: row k·B + b is draw k of image b."""
+        k, batch = len(samples), len(indices)
+        output = self.model.decode(features.repeated(k), noise=self._noise(indices, samples))
+        channel_kl = pad_sequence([kl.double().T for kl in output.channel_kl])  # (L, G, k·B)
+        return _Draws(
+            output.reconstruction.double().reshape(k, batch),
+            channel_kl.reshape(*channel_kl.shape[:2], k, batch).sum(2).permute(2, 1, 0),
+            output.log_weight.double().reshape(k, batch) if has_importance_weights(self.model) else None,
+        )
+
+    def _noise(self, indices: Sequence[int], samples: range) -> list[Tensor]:
+        """Standard-normal noise of each group, (k·B, L, h, w), keyed on (seed, draw, sample, image)."""
+        shapes = self.model.latent_shapes(len(indices))
+        device = next(self.model.parameters()).device
+        drawn = [keyed_normal(shapes, indices, self.seed, f"evaluate/{self.draw}/{k}", device) for k in samples]
+        return [torch.cat(parts) for parts in zip(*drawn, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """k draws of a batch, nats, float64."""
+
+    reconstruction: Tensor  # (k, B)
+    channel_kl: Tensor  # (B, G, L), summed over the draws
+    log_weights: Tensor | None  # (k, B)
+
+
+def evaluate_batches(
+    model: Family[Any],
+    batches: Iterable[Batch],
+    *,
+    importance_samples: int = 1,
+    seed: int = 0,
+    draw: int = 0,
+    rows: int | None = None,
+    parts: Parts | None = None,
+) -> Figures:
+    """The figures of all ranks' batches, on every rank; the model is in eval mode. `parts` are gone on from."""
+    evaluator = Evaluator(model, samples=importance_samples, seed=seed, draw=draw, rows=rows)
+    parts = Parts() if parts is None else parts
+    for batch in batches:
+        images, indices = _without(batch, parts.done)
+        if indices:
+            parts.add(evaluator.measure(images, indices))
+    return parts.gathered()
+
+
+def _without(batch: Batch, done: frozenset[int]) -> tuple[Tensor, list[int]]:
+    """The images of a batch that are not done, and their positions."""
+    left = [row for row, index in enumerate(batch.indices) if index not in done]
+    images = batch.images if len(left) == len(batch.indices) else batch.images[left]
+    return images, [batch.indices[row] for row in left]
+
+
+# -------------------------------------------------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean over images of a figure, in nats, with its standard errors."""
+
+    nats: float
+    standard_error: float
+    """Over the images."""
+    draws_standard_error: float | None
+    """Over the test draws of a binarised set; None for one draw."""
+
+    @staticmethod
+    def of(values: Tensor) -> "Estimate":
+        """From (D, N): D test draws of N images."""
+        draws, images = values.shape
+        per_image, per_draw = values.mean(0), values.mean(1)
+        return Estimate(
+            float(values.mean()),
+            float(per_image.std()) / math.sqrt(images) if images > 1 else math.nan,
+            float(per_draw.std()) / math.sqrt(draws) if draws > 1 else None,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a split: of one test draw, or of several where images are binarised anew in each."""
+
+    draws: list[Figures]
+
+    @property
+    def images(self) -> int:
+        return len(self.draws[0].indices)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """nelbo, reconstruction, kl, and bound_K for each K."""
+        columns = {
+            "nelbo": [figures.nelbo for figures in self.draws],
+            "reconstruction": [figures.reconstruction for figures in self.draws],
+            "kl": [figures.kl.sum(1) for figures in self.draws],
+        }
+        for samples in self.draws[0].bounds:
+            columns[f"bound_{samples}"] = [figures.bounds[samples] for figures in self.draws]
+        return {name: Estimate.of(torch.stack(values)) for name, values in columns.items()}
+
+    def entry(self, config: ModelConfig) -> dict[str, Any]:
+        """What `results.json` keeps: every estimate in nats and bits/dim, KL and active units by group."""
+        dims = dims_of(config)
+        estimates = {}
+        for name, estimate in self.estimates().items():
+            in_bits = {"bits_per_dim": bits_per_dim(estimate.nats, dims)}
+            in_bits["bits_per_dim_standard_error"] = bits_per_dim(estimate.standard_error, dims)
+            estimates[name] = {**vars(estimate), **in_bits}
+        return {
+            "images": self.images,
+            "dims": dims,
+            "estimates": estimates,
+            "kl_per_group": torch.stack([figures.kl.mean(0) for figures in self.draws]).mean(0).tolist(),
+            "active_units_per_group": self.draws[0].active_units.tolist(),
+            "likelihood": config.likelihood.model_dump(mode="json"),
+            "sums_to_one": config.likelihood.sums_to_one,
+            "is_density": LIKELIHOODS[config.likelihood.kind].is_density,
+        }
+
+
+def dims_of(config: ModelConfig) -> int:
+    """How many numbers of an image count: channels · height · width without the border."""
+    return config.image_channels * (config.image_size - 2 * config.likelihood.border) ** 2
+
+
+def evaluate(
+    model: Family[Any],
+    batches: Callable[[int], Iterable[Batch]],
+    *,
+    draws: int = 1,
+    importance_samples: int = 1,
+    seed: int = 0,
+    rows: int | None = None,
+    folder: Path | None = None,
+) -> Evaluation:
+    """Evaluates `draws` test draws, `batches(d)` giving this rank's images of draw d; goes on from what `folder` holds.
+
+    Raises UserError where a figure is not finite.
+    """
+    found = []
+    for draw in range(draws):
+        parts = Parts(folder / f"draw-{draw}" if folder is not None else None)
+        figures = evaluate_batches(
+            model,
+            batches(draw),
+            importance_samples=importance_samples,
+            seed=seed,
+            draw=draw,
+            rows=rows,
+            parts=parts,
+        )
+        _require_finite(figures)
+        found.append(figures)
+    return Evaluation(found)
+
+
+def _require_finite(figures: Figures) -> None:
+    values = torch.stack([figures.nelbo, *figures.bounds.values()])
+    bad = (~values.isfinite()).any(0).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(figures.indices)} images have a non-finite bound, the first at position "
+            f"{int(figures.indices[bad[0]])}; try --precision fp32, and look at the weights"
+        )

@@ -1,0 +1,229 @@
+"""One self-contained page about a run: results, curves, latents, pictures, config. No script, nothing fetched.
+
+The page follows the reader's light or dark scheme, and prints.
+"""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from .reference import published_for, reservations, unit_for
+from .results import best_bound, label_of, value_in
+
+TEMPLATE = Path(__file__).with_name("report.html")
+INK = "#010203"
+"""Stands for the page's text colour while a chart is drawn; series have #0f0f00, #0f0f01, …"""
+FEW = 30
+"""Points of a curve that has fewer are marked."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over training steps."""
+
+    title: str
+    unit: str
+    series: Sequence[Series]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file and what it shows."""
+
+    title: str
+    caption: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands on the page."""
+
+    title: str
+    subtitle: str
+    facts: Mapping[str, str]
+    """Short facts at the top."""
+    entries: Sequence[Mapping[str, Any]] = ()
+    """Evaluations of results.json."""
+    qualities: Sequence[Mapping[str, Any]] = ()
+    """Sample qualities of results.json."""
+    charts: Sequence[Chart] = ()
+    kl_per_group: Sequence[float] = ()
+    """Nats, top-down."""
+    active_units: Sequence[float] = ()
+    samples: Sequence[Picture] = ()
+    strips: Sequence[Picture] = ()
+    config: str = ""
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    sections = {
+        "Results": "".join(_results(entry) for entry in page.entries) + _qualities(page.qualities),
+        "Training": _cards(_chart(chart) for chart in page.charts),
+        "Latents": _latents(page.kl_per_group, page.active_units),
+        "Samples": _cards(_picture(picture) for picture in page.samples),
+        "Reconstructions and interpolations": "".join(_picture(picture, "strip") for picture in page.strips),
+        "Config": f"<pre>{_text(page.config)}</pre>" if page.config else "",
+    }
+    return Template(TEMPLATE.read_text()).substitute(
+        title=_text(page.title),
+        subtitle=_text(page.subtitle),
+        facts="".join(f"<div><dt>{_text(name)}</dt><dd>{_text(fact)}</dd></div>" for name, fact in page.facts.items()),
+        sections="\n".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in sections.items() if body),
+    )
+
+
+def _cards(cards: Iterable[str]) -> str:
+    together = "".join(cards)
+    return f'<div class="cards">{together}</div>' if together else ""
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def _results(entry: Mapping[str, Any]) -> str:
+    """The estimates of an evaluation, and its place among published figures."""
+    draws = f", {entry['draws']} test draws" if entry["draws"] > 1 else ""
+    about = f"{entry['data']} {entry['split']}, {entry['images']} images{draws}"
+    of = f"{entry['weights']} weights of {entry['checkpoint']}"
+    rows = []
+    for name, estimate in entry["estimates"].items():
+        cells = [label_of(name)]
+        for unit, digits in (("nats", 3), ("bits/dim", 4)):
+            value, error = value_in(unit, estimate)
+            cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
+        rows.append(("", cells))
+    caption = f"−log p(x) is at most, ± standard error over images; {about}; {of}"
+    return _table(caption, ("", "nats", "bits/dim"), rows) + _beside_published(entry)
+
+
+def _beside_published(entry: Mapping[str, Any]) -> str:
+    unit = unit_for(entry["data"], entry["likelihood"])
+    value, error = value_in(unit, best_bound(entry))
+    rows = [(value, "ours", f"this model, ± {error:.3f}", f"{entry['importance_samples']} samples")]
+    rows += [(p.value, "", p.model, p.note) for p in published_for(entry["data"])]
+    body = [(mark, [model, f"{number:.{3 if mark else 2}f}", note]) for number, mark, model, note in sorted(rows)]
+    notes = "".join(f'<p class="note soft">{_text(reservation)}.</p>' for reservation in reservations(entry))
+    return _table(f"Beside published figures, {unit}", ("model", unit, ""), body) + notes
+
+
+def _qualities(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for entry in entries:
+        found = entry["metrics"]
+        at = ", ".join(f"{value:g}" for value in entry["temperature"])
+        numbers = [f"{found[name]:.3f}" for name in ("fid", "kid", "inception_score", "precision", "recall")]
+        rows.append(("", [f"temperature {at}, {entry['samples']} samples", *numbers]))
+    header = ("", "FID", "KID", "Inception score", "precision", "recall")
+    return _table("Samples against the training set", header, rows) if rows else ""
+
+
+def _table(caption: str, header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Rows are (CSS class, cells)."""
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    body = "".join(
+        f'<tr class="{mark}">' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>" for mark, cells in rows
+    )
+    return f'<div class="wide"><table><caption>{_text(caption)}</caption><tr>{head}</tr>{body}</table></div>'
+
+
+# ------------------------------------------------------------------------------------------------------------ charts
+
+
+def _chart(chart: Chart) -> str:
+    def draw(axes: Axes) -> None:
+        for number, series in enumerate(chart.series):
+            marker = "o" if len(series.x) < FEW else ""
+            axes.plot(series.x, series.y, color=_series_colour(number), linewidth=1.5, marker=marker, markersize=3)
+        axes.set_xlabel("step")
+        axes.set_ylabel(chart.unit)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    legend = "".join(
+        f'<li><i style="background: var(--series-{number})"></i>{_text(series.label)}</li>'
+        for number, series in enumerate(chart.series)
+    )
+    title = f"<h3>{_text(chart.title)}</h3>"
+    return f'<div class="card">{title}<ul class="legend">{legend}</ul>{_svg(draw, chart.title)}</div>'
+
+
+def _latents(kl: Sequence[float], active: Sequence[float]) -> str:
+    """KL of each group, and how many of its latent channels are in use (the paper's figure 5b)."""
+    if not kl:
+        return ""
+
+    def bars(values: Sequence[float], colour: int, label: str) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            axes.bar(range(len(values)), values, color=_series_colour(colour), width=0.8)
+            axes.set_xlabel("latent group, top-down")
+            axes.set_ylabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+        return draw
+
+    cards = [f'<div class="card"><h3>KL of each group</h3>{_svg(bars(kl, 0, "nats"), "KL of each group")}</div>']
+    if active:
+        title = "Active units of each group (KL above 0.1 nats)"
+        cards.append(f'<div class="card"><h3>{title}</h3>{_svg(bars(active, 1, "latent channels"), title)}</div>')
+    return _cards(cards)
+
+
+def _series_colour(number: int) -> str:
+    return f"#0f0f{number:02x}"
+
+
+def _svg(draw: Callable[[Axes], None], description: str) -> str:
+    """A chart as inline SVG whose colours are the page's, so that it changes with the scheme."""
+    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=9)
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{_text(description)}"', svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace(INK, "currentColor")
+    return re.sub(r"#0f0f(\d\d)", lambda match: f"var(--series-{int(match[1], 16)})", svg)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def _picture(picture: Picture, kind: str = "") -> str:
+    data = base64.b64encode(picture.png).decode()
+    image = f'<img alt="{_text(picture.title)}" src="data:image/png;base64,{data}">'
+    caption = f"<strong>{_text(picture.title)}</strong> {_text(picture.caption)}"
+    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'

@@ -1,0 +1,146 @@
+"""results.json: every evaluation of a run by what it measured, never overwritten; and the table people read."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import UserError
+from ..core.files import atomic_file
+from ..models.base import Family
+from .reference import published_for, reservations, unit_for
+
+
+def fingerprint(model: Family[Any]) -> str:
+    """Sixteen digits that tell one set of weights from another: SHA-256 of every tensor, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """`split=test weights=ema …`: what an entry stands under, made of everything that its figures depend on."""
+    return " ".join(f"{name}={value}" for name, value in identity.items())
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The entries of a results.json by key; empty where there is none. Raises UserError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        entries: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a results file: {error}") from error
+    return entries
+
+
+def record(path: Path, key: str, entry: Mapping[str, Any]) -> None:
+    """Adds an entry under its key. One that is there already stays as it is. Safe beside other processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        entries = read_results(path)
+        entries.setdefault(key, dict(entry))
+        with atomic_file(path) as file:
+            file.write((json.dumps(entries, indent=1, allow_nan=True) + "\n").encode())
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """How a figure came about: the command, the versions and the device."""
+    return {
+        "command": " ".join(sys.argv),
+        "versions": {
+            "nvae": importlib.metadata.version("nvae"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+def table(entry: Mapping[str, Any]) -> str:
+    """An entry as text: the estimates, latents by group, the published figures beside, and what to keep in mind."""
+    return "\n".join([*_estimates(entry), "", *_groups(entry), "", *_published(entry)])
+
+
+def value_in(unit: str, estimate: Mapping[str, float]) -> tuple[float, float]:
+    """An estimate and its standard error over images, in nats or bits/dim."""
+    if unit == "nats":
+        return estimate["nats"], estimate["standard_error"]
+    return estimate["bits_per_dim"], estimate["bits_per_dim_standard_error"]
+
+
+def best_bound(entry: Mapping[str, Any]) -> Mapping[str, float]:
+    """The tightest bound of an entry: with most importance samples, or the negative ELBO for a single one."""
+    estimates: Mapping[str, Mapping[str, float]] = entry["estimates"]
+    name = f"bound_{entry['importance_samples']}"
+    return estimates[name] if entry["importance_samples"] > 1 else estimates["nelbo"]
+
+
+LABELS = {"nelbo": "negative ELBO", "reconstruction": "  reconstruction", "kl": "  KL"}
+
+
+def label_of(name: str) -> str:
+    """What an estimate is called where people read it."""
+    return LABELS.get(name) or f"bound, K = {name.removeprefix('bound_')}"
+
+
+def _estimates(entry: Mapping[str, Any]) -> list[str]:
+    draws = f", mean of {entry['draws']} test draws" if entry["draws"] > 1 else ""
+    lines = [
+        f"{entry['data']} {entry['split']}, {entry['images']} images{draws}, {entry['weights']} weights",
+        f"{'−log p(x) is at most':<22}{'nats':>12}{'± s.e.':>10}{'bits/dim':>11}{'± s.e.':>9}",
+    ]
+    for name, estimate in entry["estimates"].items():
+        nats, error = value_in("nats", estimate)
+        bits, bits_error = value_in("bits/dim", estimate)
+        over_draws = estimate["draws_standard_error"]
+        spread = f"   ± {over_draws:.3f} nats over draws" if over_draws is not None else ""
+        lines.append(f"{label_of(name):<22}{nats:>12.3f}{error:>10.3f}{bits:>11.4f}{bits_error:>9.4f}{spread}")
+    return lines
+
+
+def _groups(entry: Mapping[str, Any]) -> list[str]:
+    lines = [f"{'latent group':<14}{'KL, nats':>9}{'active units':>14}"]
+    groups = zip(entry["kl_per_group"], entry["active_units_per_group"], strict=True)
+    lines += [f"{g:<14}{kl:>9.3f}{active:>14}" for g, (kl, active) in enumerate(groups)]
+    return lines
+
+
+def _published(entry: Mapping[str, Any]) -> list[str]:
+    unit = unit_for(entry["data"], entry["likelihood"])
+    value, error = value_in(unit, best_bound(entry))
+    digits = 2 if unit == "nats" else 3
+    rows = [(value, f"this model, ± {error:.{digits}f}")]
+    rows += [(p.value, p.model + (f" ({p.note})" if p.note else "")) for p in published_for(entry["data"])]
+    lines = [f"{unit}, beside published figures"]
+    lines += [f"{number:>9.{digits}f}  {name}" for number, name in sorted(rows)]
+    return lines + [f"note: {reservation}" for reservation in reservations(entry)]
+
+
+def quality_table(entry: Mapping[str, Any]) -> str:
+    """An entry of sample quality as text."""
+    found = entry["metrics"]
+    temperature = ", ".join(f"{value:g}" for value in entry["temperature"])
+    return "\n".join(
+        [
+            f"{entry['data']}, {entry['samples']} samples at temperature {temperature}",
+            f"features of        {entry['networks']}",
+            f"FID                {found['fid']:.3f}",
+            f"KID                {found['kid']:.5f} ± {found['kid_std']:.5f} over subsets",
+            f"Inception score    {found['inception_score']:.3f} ± {found['inception_score_std']:.3f} over parts",
+            f"precision, recall  {found['precision']:.3f}, {found['recall']:.3f}",
+        ]
+    )

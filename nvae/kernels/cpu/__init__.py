@@ -1,0 +1,1 @@
+"""Implementations for CPUs in C++ of our own, compiled at first use."""

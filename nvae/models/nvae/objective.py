@@ -1,0 +1,66 @@
+"""The training objective and the bounds (spec §5 and §7; paper §3.3 and appendix A).
+
+Shapes: B batch, G latent groups (top-down), K importance samples.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...core.config import Config
+from ...core.distributed import all_mean
+
+
+class ObjectiveConfig(Config):
+    kl_warmup: float = Field(0.3, ge=0, le=1)
+    """Fraction of training over which the KL coefficient grows from `kl_min` to 1 (spec §5)."""
+    kl_constant: float = Field(0.0001, ge=0, le=1)
+    """Fraction of training at the start during which the KL coefficient stays at `kl_min`."""
+    kl_min: float = Field(0.0001, gt=0, le=1)
+    """Smallest KL coefficient."""
+    kl_balance: bool = True
+    """Balance the KL of the groups while the coefficient is below 1 (paper appendix A)."""
+    spectral: float = Field(1e-2, ge=0)
+    """Weight λ of the penalties (spectral norms and batch-norm scales), per nat of the loss."""
+    spectral_start: float | None = Field(None, gt=0)
+    """λ at the start of the KL warm-up, annealed geometrically to `spectral`; none: λ is fixed."""
+
+
+def kl_coefficient(progress: float, config: ObjectiveConfig) -> float:
+    """clip((p − p₀)/w, min, 1) at the fraction p of training done, w the warm-up and p₀ the constant part (spec §5)."""
+    if config.kl_warmup == 0:
+        return 1.0
+    return min(max((progress - config.kl_constant) / config.kl_warmup, config.kl_min), 1.0)
+
+
+def spectral_weight(coefficient: float, config: ObjectiveConfig) -> float:
+    """λ at a KL coefficient c: exp((1−c)·ln λ₀ + c·ln λ), or λ when it is fixed (spec §5)."""
+    if config.spectral_start is None or config.spectral == 0:
+        return config.spectral
+    return math.exp((1 - coefficient) * math.log(config.spectral_start) + coefficient * math.log(config.spectral))
+
+
+def balance_factors(scales: Sequence[int], device: torch.device) -> Tensor:
+    """α of each group (G,): (2^s)²/n_s over the smallest such; s its scale (0 smallest) of n_s groups (spec §5)."""
+    alphas = torch.tensor([4.0**s / scales.count(s) for s in scales], device=device)
+    return alphas / alphas.min()
+
+
+def balance_weights(kl: Tensor, factors: Tensor) -> Tensor:
+    """Weights (G,) of the groups' KL (B, G): ∝ k_i/α_i · Σk with mean 1, not differentiated.
+
+    k_i is the mean of |KL_i| over the batch and ranks, plus 0.01.
+    """
+    size = all_mean(kl.detach().abs().mean(0)) + 0.01
+    weights = size / factors * size.sum()
+    return weights / weights.mean()
+
+
+def balanced_kl(kl: Tensor, coefficient: float, weights: Tensor | None) -> Tensor:
+    """coefficient · Σ_g w_g KL_g, (B,) nats, from KL (B, G); without weights, or from coefficient 1 on, a plain sum."""
+    if coefficient < 1 and weights is not None:
+        kl = kl * weights
+    return coefficient * kl.sum(1)

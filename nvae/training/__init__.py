@@ -1,0 +1,1 @@
+"""A run: its config, its state, the loop, its folder, and what it shows on the way."""

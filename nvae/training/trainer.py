@@ -1,0 +1,386 @@
+"""Training: one update, the loop around it, and what it does when numbers stop being finite.
+
+The trainer receives built objects; it knows no family, no data set and no command line.
+"""
+
+import resource
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..core.config import Config, flat
+from ..core.distributed import check_same, check_same_state, is_distributed, rank, sum_over_ranks, world_size
+from ..core.errors import UserError
+from ..core.precision import Precision, autocast, precision_on
+from ..core.randomness import derived_seed, keyed_normal
+from ..data.loading import TrainingStream
+from ..models.base import Family, Metrics, Output, Recomputation
+from .diagnosis import first_non_finite
+from .folder import RunFolder, is_milestone
+from .interruption import Interruption
+from .optim import Schedule
+from .state import BufferCopy, TrainingState
+from .tracking import Tracker
+from .watching import Watcher, group_metrics, numbers_of
+
+Outcome = Literal["finished", "interrupted"]
+
+
+class TrainConfig(Config):
+    epochs: float = Field(100.0, gt=0)
+    """Length of training in passes over the training images."""
+    steps: int | None = Field(None, ge=1)
+    """Length of training in updates; takes the place of `epochs`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: CUDA where there is one."""
+    precision: Precision = "fp32"
+    """`tf32` lets float32 products round on CUDA; `bf16`, `fp16` (loss-scaled): mixed precision; `mixed`: bf16 on a GPU
+    that has it, fp16 on older ones (V100), fp32 on the CPU. Likelihood, KL and penalties stay float32."""
+    loss_scale: float = Field(2.0**10, gt=0)
+    """Loss scale that fp16 starts with."""
+    recompute: Recomputation = "none"
+    """What the backward pass computes again to save memory: nothing more than it must, batch norm and swish (NVAE does
+    that in any case), or whole cells."""
+    compile: bool = False
+    """Compile the model's parts with torch.compile; the first steps then take longer."""
+    log_every: int = Field(50, ge=1)
+    """Updates between two lines of numbers."""
+    validate_every: float | None = Field(None, gt=0)
+    """Epochs between two validations (of the averaged weights too); none: only at the end."""
+    validation_samples: int = Field(1, ge=1)
+    """Importance samples per image in validations."""
+    pictures_every: float | None = Field(None, gt=0)
+    """Epochs between two sets of pictures (reconstructions, samples); none: only at the end."""
+    save_every: int = Field(1000, ge=1)
+    """Updates between two checkpoints."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
+    milestone_every: int | None = Field(None, ge=1)
+    """Updates between two checkpoints that are kept for ever."""
+    check_ranks_every: int = Field(1000, ge=1)
+    """Updates between two checks that all ranks hold the same weights."""
+    non_finite_limit: int = Field(10, ge=1)
+    """After so many non-finite updates in a row the run goes back to its last checkpoint at half the learning rate."""
+    return_limit: int = Field(3, ge=0)
+    """After this many such returns the run stops."""
+    init_from: str | None = None
+    """A checkpoint or run folder whose weights a new run starts from."""
+    timeout_minutes: float = Field(10.0, gt=0)
+    """A rank that waits longer than this for the others ends the run."""
+
+
+class Trainer:
+    """Runs a TrainingState to its last step."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        stream: TrainingStream,
+        schedule: Schedule,
+        config: TrainConfig,
+        folder: RunFolder,
+        tracker: Tracker,
+        watcher: Watcher,
+        interruption: Interruption,
+        *,
+        accumulation: int,
+        resolved_config: dict[str, Any],
+    ) -> None:
+        """`accumulation`: micro-batches per update. `resolved_config` goes into every checkpoint.
+
+        Raises UserError when ranks start from different numbers, and for a precision that the device lacks.
+        """
+        self.state, self.stream, self.schedule, self.config = state, stream, schedule, config
+        self.folder, self.tracker, self.watcher, self.interruption = folder, tracker, watcher, interruption
+        self.accumulation, self.resolved_config = accumulation, resolved_config
+        self.model, self.seed, self.total_steps = state.model, stream.seed, schedule.total_steps
+        self.device = next(self.model.parameters()).device
+        self.precision = precision_on(self.device, config.precision)
+        self.images_per_step = stream.config.batch * world_size() * accumulation
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.buffers = BufferCopy(self.model)
+        check_same(state.tensors(), self.device)  # before DDP hands out those of rank 0
+        self.parallel = _parallel(self.model, self.device)
+        self.stopping = False
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> Outcome:
+        """Trains to the last step, or to an interruption, after which the run can be continued."""
+        self.model.train()
+        self._open_stream()
+        try:
+            return self._loop()
+        finally:
+            self.batches.close()
+
+    def _loop(self) -> Outcome:
+        state, config = self.state, self.config
+        if state.step == 0:
+            self._save()
+        self._watch()
+        while state.step < self.total_steps:
+            self._log(self.step())
+            if state.non_finite_in_a_row >= config.non_finite_limit:
+                self._return_to_last_good()
+                continue
+            if state.step % config.check_ranks_every == 0:
+                check_same_state(self.model)
+            if self.stopping or self._saves_at(state.step):
+                self._save()
+            if self.stopping:
+                return "interrupted"
+            self._watch()
+        return "finished"
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def step(self) -> Metrics:
+        """One update: gradients over the micro-batches, judged by all ranks together, then applied or skipped.
+
+        Returns this rank's metrics.
+        """
+        state = self.state
+        torch.manual_seed(derived_seed(self.seed, "step", rank(), state.step))
+        for group in state.optimiser.param_groups:
+            group["lr"] = state.lr_factor * self.schedule(state.step)
+        self.buffers.take()
+        starts = not self.model.has_started
+        state.optimiser.zero_grad()
+        metrics = self._accumulate_gradients()
+        state.scaler.unscale_(state.optimiser)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        non_finite, norm_value = self._judge(metrics["loss"], norm)
+        if non_finite:
+            self.buffers.put_back()
+            state.non_finite += 1
+            state.non_finite_in_a_row += 1
+        else:
+            state.non_finite_in_a_row = 0
+            if starts and state.average is not None:
+                state.average.restart()
+            if state.skip_rule.skips(norm_value):
+                state.skipped += 1
+            else:
+                self._update(norm)
+        state.scaler.update()
+        state.step += 1
+        state.images_seen += self.images_per_step
+        return metrics | {"gradient_norm": norm}
+
+    def _accumulate_gradients(self) -> Metrics:
+        """Gradients of the mean loss of the micro-batches; ranks exchange them once, with the last one."""
+        total: Metrics = {}
+        for micro in range(self.accumulation):
+            self.batch = next(self.batches)
+            with self._without_exchange() if micro < self.accumulation - 1 else nullcontext():
+                loss, metrics = self._loss(self.parallel)
+                self.state.scaler.scale(loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
+            total = {name: total.get(name, 0) + value / self.accumulation for name, value in metrics.items()}
+        return total
+
+    def _loss(self, model: nn.Module) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of the current micro-batch; the draws are keyed on its images' numbers."""
+        state, indices = self.state, self.batch.indices
+        noise = keyed_normal(self.model.latent_shapes(len(indices)), indices, self.seed, "latents", self.device)
+        with autocast(self.device, self.precision):
+            output: Output = model(self.batch.images, noise)
+        loss, metrics = self.model.loss(output, state.step / self.total_steps)
+        if self._logs_at(state.step + 1):
+            metrics |= group_metrics(output)
+        return loss, metrics | {"loss": loss.detach()}
+
+    def _judge(self, loss: Tensor, norm: Tensor) -> tuple[bool, float]:
+        """Whether any rank has a non-finite loss or gradient, and the gradient norm: the step's one synchronisation.
+
+        Ranks tell each other on the way whether one was asked to stop.
+        """
+        bad = (loss + norm).isfinite().logical_not().to(norm)
+        flags = sum_over_ranks(torch.stack([bad, torch.full_like(norm, float(self.interruption.requested))]))
+        non_finite, asked, value = torch.cat([flags, norm[None]]).tolist()
+        self.stopping = asked > 0
+        return non_finite > 0, value
+
+    def _update(self, norm: Tensor) -> None:
+        """Clips, updates the weights, then their average."""
+        state, clip = self.state, self.schedule.config.clip_norm
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm, foreach=True)
+        state.scaler.step(state.optimiser)
+        if state.average is not None:
+            state.average.update()
+
+    def _without_exchange(self) -> AbstractContextManager[Any]:
+        """Within, gradients stay on their rank."""
+        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
+
+    def _open_stream(self) -> None:
+        self.batches = self.stream.batches(self.state.images_seen)
+        self._restart_clock()
+
+    # ------------------------------------------------------------------------------------------- when numbers go bad
+
+    def _return_to_last_good(self) -> None:
+        """Goes on from the last checkpoint at half the learning rate. Raises UserError after too many returns."""
+        state, config = self.state, self.config
+        if state.returns == config.return_limit:
+            first = first_non_finite(self.model, self.batch.images, lambda: self._loss(self.model)[0])
+            raise UserError(
+                f"step {state.step}: the loss or gradients stay non-finite after {state.returns} returns to a "
+                f"checkpoint; first to be non-finite: {first}. Lower optim.lr, lengthen optim.warmup_epochs, clip with "
+                "optim.clip_norm, strengthen the model's penalties, or take train.precision=bf16 or fp32"
+            )
+        content = self.folder.newest()
+        if content is None:
+            raise UserError("the weights that the run starts from are not finite")
+        failed_at, non_finite = state.step, state.non_finite
+        returns, factor = state.returns + 1, state.lr_factor / 2
+        state.load_state_dict(content)
+        state.returns, state.lr_factor, state.non_finite, state.non_finite_in_a_row = returns, factor, non_finite, 0
+        self.tracker.rewind(state.step, state.log_lines)
+        self.tracker.scalars(state.step, {"returned_from": failed_at, "returns": returns, "lr_factor": factor})
+        self.tracker.note(
+            f"step {failed_at}: {config.non_finite_limit} non-finite updates in a row; "
+            f"back to step {state.step}, learning rate × {factor:g} from now on"
+        )
+        self.batches.close()
+        self._open_stream()
+
+    # ----------------------------------------------------------------------------------------------------- watching
+
+    def _logs_at(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.total_steps
+
+    def _log(self, metrics: Metrics) -> None:
+        """One line of numbers, means over ranks, every `log_every` steps."""
+        state = self.state
+        self.tracker.advance(state.step)
+        if not self._logs_at(state.step):
+            return
+        numbers = numbers_of(metrics, self.model.config, self.device) | {
+            "epoch": state.images_seen / self.stream.epoch_size,
+            "learning_rate": state.optimiser.param_groups[0]["lr"],
+            "skipped": state.skipped,
+            "non_finite": state.non_finite,
+            "loss_scale": state.scaler.get_scale(),
+            "images_per_second": self._images_per_second(),
+            "peak_memory_mib": _peak_memory(self.device),
+        }
+        unit = "bits_per_dim" if "bits_per_dim" in numbers else "nelbo"
+        self.tracker.scalars(state.step, numbers, shown=("loss", unit, "images_per_second"))
+
+    def _images_per_second(self) -> float:
+        """Since the last time, validation and pictures left out."""
+        then, images = self._clock
+        self._restart_clock()
+        now, images_now = self._clock
+        return (images_now - images) / (now - then)
+
+    def _restart_clock(self) -> None:
+        self._clock = (time.perf_counter(), self.state.images_seen)
+
+    def _watch(self) -> None:
+        """Validation and pictures where they are due and not yet done; the checkpoint with the best bound is kept."""
+        state, config = self.state, self.config
+        pictures_due, validation_due = self._due(config.pictures_every), self._due(config.validate_every)
+        if state.watched == state.step or not (pictures_due or validation_due):
+            return
+        if pictures_due:
+            self._show_pictures()
+        if validation_due:
+            self._validate()
+        state.watched = state.step
+        self._save()
+        self._restart_clock()
+
+    def _due(self, epochs: float | None) -> bool:
+        """True at the last step and at multiples of `epochs`."""
+        if self.state.step == self.total_steps:
+            return True
+        steps = None if epochs is None else max(round(epochs * self.stream.epoch_size / self.images_per_step), 1)
+        return steps is not None and self.state.step % steps == 0
+
+    def _show_pictures(self) -> None:
+        with self._evaluating(averaged=True):
+            pictures = self.watcher.pictures(self.model)
+        for name, picture in pictures.items():
+            self.tracker.picture(self.state.step, name, picture)
+
+    def _validate(self) -> None:
+        """Bounds with the weights and with their average, which then decides which checkpoint is best."""
+        state = self.state
+        results: dict[str, float] = {}
+        for averaged in (False, True) if state.average is not None else (False,):
+            with self._evaluating(averaged):
+                bounds = self.watcher.bounds(self.model)
+            results |= {f"{'validation_ema' if averaged else 'validation'}/{name}": v for name, v in bounds.items()}
+        self.tracker.scalars(state.step, results)
+        if bounds["bound"] < state.best:
+            state.best = bounds["bound"]
+            self.folder.save_best(self._content())
+        if state.step == self.total_steps:
+            self.tracker.hyperparameters(flat(self.resolved_config), {f"final/{k}": v for k, v in bounds.items()})
+
+    @contextmanager
+    def _evaluating(self, averaged: bool) -> Iterator[None]:
+        """Within, the model is in eval mode, with the averaged weights where there are any."""
+        average = self.state.average if averaged else None
+        self.model.eval()
+        try:
+            with average.in_model() if average is not None else nullcontext():
+                yield
+        finally:
+            self.model.train()
+
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def _saves_at(self, step: int) -> bool:
+        config = self.config
+        return step % config.save_every == 0 or step == self.total_steps or is_milestone(step, config.milestone_every)
+
+    def _save(self) -> None:
+        """A checkpoint of now: none amid non-finite updates, lest the run return there, nor one with such a number."""
+        state, config = self.state, self.config
+        if state.non_finite_in_a_row and state.step < self.total_steps:
+            return
+        if not state.is_finite():
+            return self._return_to_last_good()
+        self.tracker.flush()
+        state.log_lines = self.tracker.log_lines
+        self.folder.save(state.step, self._content(), keep=config.keep, milestone_every=config.milestone_every)
+
+    def _content(self) -> dict[str, Any]:
+        return {"config": self.resolved_config, **self.state.state_dict()}
+
+
+def _parallel(model: Family[Any], device: torch.device) -> nn.Module:
+    """The model, or the model that exchanges gradients with the other ranks in a few flat buckets."""
+    if not is_distributed():
+        return model
+    # Strides along sides of length 1, which mean nothing, differ between a 1×1 kernel's gradient and its bucket.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    devices = [device.index] if device.type == "cuda" else None
+    options: dict[str, Any] = {_BUFFERS_OPTION: False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
+
+
+_BUFFERS_OPTION = (  # whether rank 0 hands out its buffers in every pass; older versions call it otherwise
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """MiB: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

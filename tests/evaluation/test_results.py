@@ -1,0 +1,127 @@
+"""results.json, the table beside published figures, and what it warns of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from entries import entry_of
+
+from nvae.bricks.likelihoods import LikelihoodConfig
+from nvae.core.errors import UserError
+from nvae.data.config import SetName
+from nvae.evaluation.reference import PUBLISHED, published_for, reservations, unit_for
+from nvae.evaluation.results import best_bound, fingerprint, key_of, read_results, record, table
+from nvae.models.nvae.model import NVAE
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    record(path, "a", {"value": 1})
+    record(path, "b", {"value": 2})
+    record(path, "a", {"value": 3})
+    assert read_results(path) == {"a": {"value": 1}, "b": {"value": 2}}
+    assert list(json.loads(path.read_text())) == ["a", "b"]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"results\.json: not a results file"):
+        record(path, "a", {})
+    assert path.read_text() == "{"
+
+
+def test_a_key_says_what_the_figures_depend_on() -> None:
+    assert key_of({"split": "test", "seed": 0}) == "split=test seed=0"
+
+
+def test_fingerprints_tell_weights_apart(tiny_config: Any) -> None:
+    model = NVAE(tiny_config())
+    same = NVAE(tiny_config())
+    same.load_state_dict(model.state_dict())
+    assert fingerprint(model) == fingerprint(same) and len(fingerprint(model)) == 16
+    with torch.no_grad():
+        same.head.bias[0] += 1e-6
+    assert fingerprint(model) != fingerprint(same)
+
+
+def test_the_best_bound_has_the_most_samples() -> None:
+    entry = entry_of()
+    assert best_bound(entry) is entry["estimates"]["bound_1000"]
+    assert best_bound({**entry, "importance_samples": 1}) is entry["estimates"]["nelbo"]
+
+
+def test_the_table_ranks_the_model_among_published_figures() -> None:
+    lines = table(entry_of()).splitlines()
+    ranked = lines[lines.index("bits/dim, beside published figures") + 1 :]
+    assert [line.split()[0] for line in ranked[:4]] == ["2.870", "2.910", "2.930", "2.996"]
+    assert ranked[3].endswith("this model, ± 0.000")
+
+
+def test_the_table_gives_nats_bits_and_active_units() -> None:
+    lines = table(entry_of()).splitlines()
+    assert lines[2].split()[:2] == ["negative", "ELBO"] and "3.0000" in lines[2]
+    groups = lines[lines.index(next(line for line in lines if line.startswith("latent group"))) + 1 :]
+    assert [line.split() for line in groups[:2]] == [["0", "2.500", "3"], ["1", "2.500", "3"]]
+
+
+# ------------------------------------------------------------------------------------------- published figures
+
+
+def test_every_published_figure_is_of_a_known_set() -> None:
+    assert {result.data for result in PUBLISHED} <= set(SetName.__args__)
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        ("mnist", [78.01, 78.19, 78.41, 78.49, 79.10]),
+        ("cifar10", [2.87, 2.91, 2.93, 3.08, 3.11, 3.38]),
+        ("celeba_64", [2.03, 2.04, 2.48]),
+        ("imagenet_32", [3.80, 3.92, 3.96]),
+        ("celeba_hq_256", [0.70]),
+        ("ffhq_256", [0.61, 0.69, 0.71]),
+    ],
+)
+def test_published_figures_are_those_of_the_specification(data: str, values: list[float]) -> None:
+    assert [result.value for result in published_for(data)] == values
+
+
+def test_binary_images_are_quoted_in_nats_and_others_in_bits() -> None:
+    assert [unit_for(name, {"kind": "logistic_mixture"}) for name in ("mnist", "cifar10", "images")] == [
+        "nats",
+        "bits/dim",
+        "bits/dim",
+    ]
+    assert unit_for("omniglot", {"kind": "bernoulli"}) == "nats"
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"likelihood": {"kind": "normal"}}, "not comparable with any discrete likelihood"),
+        ({"likelihood": {"edge": "published"}}, "comparable with NVAE with flows and NVAE without flows only"),
+        ({}, "were computed with the published mixture edge and come out somewhat too good"),
+        ({"likelihood": {"bits": 5}}, "images have 5 bits a channel here, 8 in the published figures"),
+        ({"split": "validation"}, "measured on the validation split"),
+        ({"limit": 4}, "measured on the first 4 images only"),
+        ({"importance_samples": 10}, "10 importance samples give a looser bound than the 1000"),
+        ({"density": "none"}, "this family gives no bound on the likelihood"),
+        ({"data": "omniglot"}, "there are no published figures for omniglot"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(changes: dict[str, Any], warning: str) -> None:
+    assert any(warning in reservation for reservation in reservations(entry_of(**changes)))
+
+
+def test_figures_of_a_published_edge_that_flatters_are_known() -> None:
+    very_deep = {result.data: result.published_edge for result in PUBLISHED if result.model == "Very Deep VAE"}
+    assert very_deep == {"cifar10": False, "imagenet_32": False, "imagenet_64": False, "ffhq_256": True}
+    assert not any(result.published_edge for result in PUBLISHED if result.unit == "nats")
+
+
+def test_a_comparable_figure_has_no_reservation() -> None:
+    binary = {**entry_of(), "data": "mnist", "likelihood": LikelihoodConfig(kind="bernoulli").model_dump(mode="json")}
+    assert reservations(binary) == []

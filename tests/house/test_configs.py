@@ -1,0 +1,54 @@
+"""Every recipe resolves, builds on the meta device and has the size the papers give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from places import ROOT
+
+from nvae.models.registry import build
+from nvae.training.run import dry_run, read_run_config
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PARAMETERS = {  # spec §6; spec_vdvae
+    "mnist": 33_363_134,
+    "cifar10": 130_852_480,
+    "celeba_64": 153_281_364,
+    "imagenet_32": 268_509_444,
+    "celeba_hq_256": 330_798_664,
+    "ffhq_256": 330_798_664,
+    "vdvae_cifar10": 39_145_700,
+    "vdvae_imagenet_32": 119_280_868,
+    "vdvae_imagenet_64": 125_005_860,
+    "vdvae_ffhq_256": 114_874_852,
+    "vdvae_ffhq_1024": 109_366_904,
+}
+
+
+def test_there_is_a_recipe_for_every_figure() -> None:
+    assert PARAMETERS.keys() <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_it_builds_on_the_meta_device_with_the_published_number_of_parameters(path: Path) -> None:
+    config = read_run_config(path, [])
+    with torch.device("meta"):
+        model = build(config.model)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == PARAMETERS.get(path.stem, count)
+
+
+def test_a_dry_run_prints_config_parameters_and_groups() -> None:
+    text = dry_run(read_run_config(CONFIGS[0].with_name("mnist.yaml"), ["optim.lr=3e-3"]))
+    assert "lr: 0.003" in text
+    assert "parameters: 33,363,134" in text
+    assert text.count("20 × 8 × 8") == 10
+    assert text.count("20 × 4 × 4") == 5
+    assert "images per update: 400" in text
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_its_comment_names_that_number(path: Path) -> None:
+    count = PARAMETERS.get(path.stem)
+    if count is not None:
+        assert f"{count:,}".replace(",", " ") in path.read_text()

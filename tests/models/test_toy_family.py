@@ -1,0 +1,67 @@
+"""The contract of a family is enough: a toy one trains, evaluates what it can and samples by the same commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+from entry_scripts import call
+
+from nvae.checkpoints.loading import load_model
+from nvae.core.errors import UserError
+from nvae.evaluation.bounds import Evaluator
+from nvae.training.run import run_config, train
+
+CONFIG = {
+    "name": "toy",
+    "model": {
+        "family": "toy_family:Toy",
+        "image_size": 8,
+        "image_channels": 1,
+        "likelihood": {"kind": "bernoulli"},
+    },
+    "data": {"name": "digits", "size": 8, "channels": 1, "binarize": True, "batch": 50},
+    "optim": {"name": "adamw", "lr": 1e-2, "warmup_epochs": 0},
+    "train": {"epochs": 3, "log_every": 30, "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    assert train(run_config(CONFIG, "toy"), folder) == 0
+    return folder
+
+
+def test_it_trains_and_validates(runs: Path) -> None:
+    lines = [json.loads(line) for line in (runs / "toy" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert any("validation/nelbo" in line for line in lines)
+
+
+def test_its_checkpoint_loads(runs: Path) -> None:
+    model = load_model(runs / "toy")
+    assert model.sample(4).mean().shape == (4, 1, 8, 8)
+
+
+def test_importance_weighting_is_a_clear_error(runs: Path) -> None:
+    with pytest.raises(UserError, match="importance samples"):
+        Evaluator(load_model(runs / "toy"), samples=10)
+
+
+def test_it_is_evaluated_and_sampled_by_the_same_commands(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("evaluate", runs / "toy") == 0
+    assert "gives no bound on the likelihood" in capsys.readouterr().out
+    assert call("sample", runs / "toy", "--num", 4, "--temperature", 0.7, "--readjust") == 0
+    assert call("sample", runs / "toy", "reconstruct") == 0
+    assert call("evaluate", runs / "toy", "--report") == 0
+    assert "Reconstructions" in (runs / "toy" / "report.html").read_text()
+
+
+def test_what_it_cannot_do_is_a_clear_error(runs: Path) -> None:
+    with pytest.raises(UserError, match="Toy takes none, it has no density of its latents"):
+        call("evaluate", runs / "toy", "--importance-samples", 10)
+    with pytest.raises(UserError, match="--compile: Toy names no parts to compile for evaluation"):
+        call("evaluate", runs / "toy", "--compile")
+    with pytest.raises(UserError, match="Toy: its latents are not Normal"):
+        call("sample", runs / "toy", "interpolate")
