@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.distributed import all_mean, world_size
 from ..kernels.activations import Activation
+from ..kernels.batch_norm import Statistics
 from .convolutions import Conv2d
-from .normalisation import BatchNorm, Statistics, recording, replaying
+from .normalisation import BatchNorm, recording, replaying
 from .recomputation import Recomputable
 from .resampling import DownSkip, UpSkip
 from .squeeze_excite import SCALE, SqueezeExcite

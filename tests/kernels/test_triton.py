@@ -41,7 +41,7 @@ SCRIPT = """
                     "without bias": error(
                         depthwise.forward(x, weight, None, stride), exact - wide[2][:, None, None]
                     ),
-                    "input gradient": error(depthwise.input_gradient(grad, weight, shape, stride), x_grad),
+                    "input gradient": error(depthwise.input_gradient(grad, weight, *shape[2:], stride), x_grad),
                     "weight gradient": error(depthwise.weight_gradient(grad, x, size, stride), weight_grad),
                 }
     print(json.dumps(found))

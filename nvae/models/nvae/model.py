@@ -29,6 +29,7 @@ from ...bricks.regularizers import SpectralPenalty, batch_norm_penalty
 from ...core.config import nearest
 from ...core.precision import at_least_float32
 from ...kernels.fusion import compile_each
+from ...kernels.operations import memory_format
 from ..base import (
     Draw,
     Family,
@@ -421,7 +422,7 @@ class NVAE(Family[NVAEConfig]):
     def _bottom_up(self, x: Tensor) -> Features:
         likelihood = self.config.likelihood
         target = quantise(x, likelihood.bits, likelihood.grid)
-        image = (2 * target - 1).contiguous(memory_format=torch.channels_last)
+        image = (2 * target - 1).contiguous(memory_format=memory_format())
         state = self.preprocess(self.stem(image))
         taps: list[Tensor] = []
         for g in reversed(range(len(self.groups))):
@@ -450,7 +451,7 @@ class NVAE(Family[NVAEConfig]):
         return Output.of(self._likelihood(state), features.target, draws)
 
     def _first_state(self, batch: int) -> Tensor:
-        return self.first_state.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        return self.first_state.expand(batch, -1, -1, -1).contiguous(memory_format=memory_format())
 
     def joint_above(self, g: int) -> int | None:
         """The index in `down` and `up` of the joint of scales between group g and the one above it, if there is one."""

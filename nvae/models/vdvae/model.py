@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...bricks.convolutions import Conv2d, Geometry, convolve, convolve_activated, for_autocast
+from ...bricks import convolutions
+from ...bricks.convolutions import Conv2d
 from ...bricks.latents import Normal, score, sum_with_each
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.recomputation import Recomputable
 from ...core.errors import UserError
 from ...core.precision import at_least_float32
 from ...kernels.activations import ACTIVATIONS
+from ...kernels.convolution import Geometry, for_autocast
 from ...kernels.fusion import compile_each
 from ..base import (
     Draw,
@@ -306,8 +308,10 @@ class LatentBlock(Recomputable):
         assert prior.bias is not None and posterior.bias is not None
         of_state, of_tap = torch.split(posterior.weight, self.width, dim=1)
         weight, bias = torch.cat([prior.weight, of_state]), torch.cat([prior.bias, posterior.bias])
-        for_prior, for_posterior = convolve_activated(for_autocast(x), weight, bias, Geometry(), "gelu").chunk(2, dim=1)
-        return for_prior, sum_with_each(for_posterior, convolve(tap, of_tap, None, Geometry()))
+        for_prior, for_posterior = convolutions.convolution(for_autocast(x), weight, bias, Geometry(), "gelu").chunk(
+            2, dim=1
+        )
+        return for_prior, sum_with_each(for_posterior, convolutions.convolution(tap, of_tap, None, Geometry()))
 
     def _prior(self, x: Tensor, raw: Tensor, temperature: float = 1.0) -> tuple[Normal, Tensor]:
         """p(z) from what the prior's block says, and the state with what that adds to it."""
