@@ -14,8 +14,8 @@ from ..core.precision import Precision, allow_tf32, autocast
 from ..evaluation.bounds import Evaluator, importance_weighted_bound
 from ..models.nvae.model import NVAE, NVAEConfig
 from ..sampling.images import sample_images
+from ..training.config import read_run_config
 from ..training.optim import OptimConfig, build_optimiser
-from ..training.run import read_run_config
 from .plain import make_plain
 from .timing import Action
 
