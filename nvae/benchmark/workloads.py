@@ -16,8 +16,8 @@ from ..kernels.fusion import compile_each
 from ..models.nvae.config import NVAEConfig
 from ..models.nvae.model import NVAE
 from ..sampling.images import sample_images
+from ..training.config import read_run_config
 from ..training.optim import OptimConfig, build_optimiser
-from ..training.run import read_run_config
 from .plain import make_plain
 from .timing import Action
 

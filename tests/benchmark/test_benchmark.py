@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from entry_scripts import ROOT, call
+from entry_scripts import call
 from kinds import KINDS
+from places import ROOT
 
 from nvae.benchmark.extent import Line, saved_mib_per_image
 from nvae.benchmark.machine import matrix_peak, training_gflop
