@@ -11,8 +11,18 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["nvae", "nvae.*"]),
-    package_data={"nvae": ["py.typed", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"]},
+    packages=[*find_packages(include=["nvae", "nvae.*"]), "nvae.configs"],
+    package_dir={"nvae.configs": "configs"},
+    package_data={
+        "nvae": ["py.typed", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"],
+        "nvae.configs": ["*.yaml"],
+    },
+    entry_points={
+        "console_scripts": [
+            f"nvae-{name} = nvae.commands.{name}:main"
+            for name in ("train", "evaluate", "sample", "prepare", "convert", "benchmark")
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision",

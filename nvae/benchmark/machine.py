@@ -40,7 +40,6 @@ def training_gflop(config: ModelConfig, batch: int) -> float:
     """
     with FakeTensorMode(), using("plain"), FlopCounterMode(display=False) as counter:
         model = build(config).train()
-        model.mark_loaded()
         model(torch.zeros(batch, config.image_channels, config.image_size, config.image_size))
     return float(3 * counter.get_total_flops() / 1e9)
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..core.precision import Precision, allow_tf32, autocast
 from ..evaluation.bounds import Evaluator, importance_weighted_bound
+from ..kernels.fusion import compile_each
 from ..kernels.operations import using
 from ..models.base import Family, ModelConfig
-from ..models.nvae.model import NVAEConfig
+from ..models.nvae.config import NVAEConfig
 from ..models.registry import build
 from ..sampling.images import sample_images
+from ..training.config import read_run_config
 from ..training.optim import OptimConfig, build_optimiser
-from ..training.run import read_run_config
 from .timing import Action
 
 MODELS: dict[str, NVAEConfig] = {
@@ -104,7 +105,7 @@ class Workload:
         else:
             optimiser = build_optimiser(model.parameters(), options)
         if way.compiled:
-            model.compile_parts()
+            compile_each(model.parts())
         images = self.images
 
         def update() -> None:
@@ -168,5 +169,5 @@ WORK: dict[str, Callable[[Workload, Family[Any], Way], Action]] = {
 def _inference(model: Family[Any], way: Way) -> Family[Any]:
     ready = model.for_inference()
     if way.compiled:
-        ready.compile_parts()
+        compile_each(ready.parts())
     return ready

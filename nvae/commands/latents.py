@@ -18,7 +18,7 @@ from ..data.splits import Split
 from ..sampling import latent_space
 from ..sampling.images import sample_images, temperature_of
 from ..sampling.pictures import save_animation, save_png, strip
-from .samples import model_at
+from .prior import model_at
 from .subject import Subject
 
 ROWS = 8

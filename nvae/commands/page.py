@@ -21,7 +21,7 @@ from ..sampling import latent_space
 from ..sampling.images import sample_images
 from ..sampling.pictures import grid, png, strip
 from .latents import cropped, images_of
-from .samples import model_at
+from .prior import model_at
 from .subject import Subject
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0)

@@ -17,7 +17,7 @@ from ..evaluation.quality import Extractors, Networks, Statistics, cached, metri
 from ..evaluation.results import circumstances, key_of, read_results, record
 from ..sampling.images import sample_images, shares, temperature_of
 from .latents import cropped
-from .samples import model_at
+from .prior import model_at
 from .subject import Subject
 
 Numbered = Iterator[tuple[Sequence[int], Tensor]]

@@ -19,7 +19,7 @@ from ..data.sets import open_unread
 from ..data.splits import Split
 from ..evaluation.results import fingerprint
 from ..models.base import Family
-from ..training.run import AnyRunConfig, load_run, read_run_config, run_config
+from ..training.config import AnyRunConfig, load_run, read_run_config, run_config
 
 
 @dataclass(frozen=True)

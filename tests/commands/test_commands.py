@@ -27,7 +27,7 @@ from nvae.data.sets import open_images
 from nvae.evaluation.bounds import evaluate_batches
 from nvae.models.nvae.model import NVAE
 from nvae.models.registry import build
-from nvae.training.run import AnyRunConfig, run_config
+from nvae.training.config import AnyRunConfig, run_config
 
 DIGITS: dict[str, Any] = {
     "name": "small",
@@ -256,7 +256,7 @@ def test_samples_in_one_file_are_the_single_pictures(run: Path) -> None:
 
 
 def test_readjusted_samples_differ_and_their_statistics_are_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvae.commands.samples.READJUSTMENT", {"batches": 4, "batch": 8})
+    monkeypatch.setattr("nvae.commands.prior.READJUSTMENT", {"batches": 4, "batch": 8})
     call("sample", run, "--num", 4, "--temperature", "0.6", "--format", "npz")
     call("sample", run, "--num", 4, "--temperature", "0.6", "--format", "npz", "--readjust")
     plain, fitted = (np.load(run / f"samples/t0.6-seed0{end}.npz")["images"] for end in ("", "-readjusted"))
@@ -312,7 +312,7 @@ def test_pictures_are_computed_in_the_precision_asked_for(
 
 
 def test_neighbours_are_of_readjusted_samples_where_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvae.commands.samples.READJUSTMENT", {"batches": 4, "batch": 8})
+    monkeypatch.setattr("nvae.commands.prior.READJUSTMENT", {"batches": 4, "batch": 8})
     pictures = []
     for option in ([], ["--readjust"]):
         call("sample", run, "neighbours", "--num", 2, "--temperature", "0.6", *option)

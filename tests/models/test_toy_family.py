@@ -9,7 +9,8 @@ from entry_scripts import call
 from nvae.checkpoints.loading import load_model
 from nvae.core.errors import UserError
 from nvae.evaluation.bounds import Evaluator
-from nvae.training.run import run_config, train
+from nvae.training.config import run_config
+from nvae.training.run import train
 
 CONFIG = {
     "name": "toy",
@@ -28,7 +29,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    assert train(run_config(CONFIG, "toy"), folder) == 0
+    assert train(run_config(CONFIG, "toy"), folder) == "finished"
     return folder
 
 
