@@ -9,6 +9,7 @@ from typing import get_args
 from ..core import distributed
 from ..core.errors import UserError
 from ..core.precision import Precision
+from ..kernels.operations import Mode, use
 from .subject import Subject, open_subject
 
 TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies ends the others
@@ -24,6 +25,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of whatever is computed")
+    parser.add_argument("--kernels", choices=get_args(Mode), default="auto", help="fast where right, or all plain")
     parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
     parser.add_argument(
         "--readjust", action="store_true", help="fit batch norm to the temperature of the samples first"
@@ -62,6 +64,7 @@ def numbers(text: str) -> list[float]:
 @contextmanager
 def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
     """The subject the arguments name, on this rank's device; the ranks part when the block ends."""
+    use(args.kernels)
     device = distributed.start(distributed.device_type(args.device, "--device"), TIMEOUT_MINUTES)
     try:
         yield open_subject(

@@ -70,15 +70,27 @@ def _kernel(x: Tensor, size: int) -> Tensor:
     return taps.to(x)
 
 
-@operation(
-    lambda *place: ((x, _kernel(x, size), x[0, :, 0, 0].clone(), stride) for x, _, size, stride in _sizes(*place))
-)
+def _inputs(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, _, size, stride in _sizes(device, dtype):
+        yield x, _kernel(x, size), x[0, :, 0, 0].clone(), stride
+
+
+def _output_gradients(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, grad, size, stride in _sizes(device, dtype):
+        yield grad, _kernel(x, size), *x.shape[2:], stride
+
+
+def _both(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    return ((grad, x, size, stride) for x, grad, size, stride in _sizes(device, dtype))
+
+
+@operation(_inputs, differentiable=False)
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """(B, C, H, W), weight (C, 1, K, K) -> (B, C, h, w)."""
     return F.conv2d(x, weight, bias, stride, weight.shape[2] // 2, 1, weight.shape[0])
 
 
-@operation(lambda *place: ((grad, _kernel(x, k), *x.shape[2:], stride) for x, grad, k, stride in _sizes(*place)))
+@operation(_output_gradients, differentiable=False)
 def depthwise_input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
     """(B, C, H, W). In float32 also for smaller types: PyTorch's own takes 80 times as long in bfloat16 on a CPU."""
     wide, kernel = at_least_float32(channels_last(grad)), at_least_float32(weight)
@@ -86,7 +98,7 @@ def depthwise_input_gradient(grad: Tensor, weight: Tensor, height: int, width: i
     return _torch_gradients(wide, x, kernel, stride, (True, False, False))[0].to(grad.dtype)
 
 
-@operation(lambda *place: ((grad, x, size, stride) for x, grad, size, stride in _sizes(*place)))
+@operation(_both, differentiable=False)
 def depthwise_weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     """(C, 1, K, K), float32 or more."""
     weight = x.new_empty(1).expand(x.shape[1], 1, size, size)

@@ -85,9 +85,9 @@ def memory_format() -> torch.memory_format:
 class Operation(Generic[P, R]):
     """A plain function of tensors and its implementations in `TABLE`; the first argument's device and type decide."""
 
-    def __init__(self, plain: Callable[P, R], examples: Examples) -> None:
+    def __init__(self, plain: Callable[P, R], examples: Examples, differentiable: bool = True) -> None:
         update_wrapper(self, plain)
-        self.name, self.plain, self.examples = plain.__name__, plain, examples
+        self.name, self.plain, self.examples, self.differentiable = plain.__name__, plain, examples, differentiable
         self._trusted: dict[tuple[str, torch.dtype], tuple[Implementation, ...]] = {}
         _operations[self.name] = self
 
@@ -119,21 +119,28 @@ class Operation(Generic[P, R]):
 
     def _is_sound(self, implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
         def judge() -> str:
-            examples = self.examples(device, dtype)
-            return difference(self._plainly, load(implementation), examples, dtype) or SOUND
+            return self.problem_of(implementation, device, dtype) or SOUND
 
         return verdict(f"{self.name} ({implementation})", device, dtype, judge) == SOUND
+
+    def problem_of(self, implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+        """What is wrong with an implementation, in one line, or nothing."""
+        examples = self.examples(device, dtype)
+        return difference(self._plainly, load(implementation), examples, dtype, self.differentiable)
 
     def _plainly(self, *args: Any) -> Any:
         with using("plain"):
             return cast(Callable[..., Any], self.plain)(*args)
 
 
-def operation(examples: Examples) -> Callable[[Callable[P, R]], Operation[P, R]]:
-    """Makes an operation of a plain function; `examples` yields small arguments on a device, in a type."""
+def operation(examples: Examples, *, differentiable: bool = True) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Makes an operation of a plain function; `examples` yields small arguments on a device, in a type.
+
+    `differentiable`: whether anybody takes gradients of it.
+    """
 
     def decorate(plain: Callable[P, R]) -> Operation[P, R]:
-        return Operation(plain, examples)
+        return Operation(plain, examples, differentiable)
 
     return decorate
 

@@ -8,10 +8,11 @@ import torch
 from ..checkpoints.loading import load_model
 from ..core.distributed import rank, world_size
 from ..core.errors import UserError
-from ..core.precision import allow_tf32, precision_on
+from ..core.precision import allow_tf32, computed_in, precision_on
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
 from ..kernels.fusion import compile_each
+from ..kernels.operations import settle, use
 from ..models.base import Family, ModelConfig
 from ..models.registry import build
 from .beginning import begin
@@ -96,11 +97,13 @@ def _schedule(optim: OptimConfig, train: TrainConfig, images: int, epoch_size: i
 def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
     """The state that training starts from, the same on every rank."""
     allow_tf32(config.train.precision)
+    use(config.train.kernels)
     scales_loss = precision_on(device, config.train.precision) == "fp16"
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     model: Family[Any] = build(config.model).to(device)
     model.set_recomputation(config.train.recompute)
+    settle(device, computed_in(precision_on(device, config.train.precision)))
     return TrainingState(
         model,
         build_optimiser(model.parameters(), config.optim),

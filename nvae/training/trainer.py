@@ -22,6 +22,7 @@ from ..core.errors import UserError
 from ..core.precision import Precision, autocast, precision_on
 from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
+from ..kernels.operations import Mode
 from ..models.base import Family, Metrics, Output, Recomputation
 from .beginning import training_noise
 from .diagnosis import first_non_finite
@@ -50,6 +51,9 @@ class TrainConfig(Config):
     recompute: Recomputation = "none"
     """What the backward pass computes again to save memory: nothing more than it must, batch norm and swish (NVAE does
     that in any case), or whole cells."""
+    kernels: Mode = "auto"
+    """How layers are computed: `auto` by the fastest way that agrees with the plain one on this machine, or all
+    `plain`."""
     compile: bool = False
     """Compile the model's parts with torch.compile; the first steps then take longer."""
     log_every: int = Field(50, ge=1)
