@@ -107,6 +107,7 @@ def test_the_models_of_the_tables_are_those_of_the_docs() -> None:
     assert (scales.image_size, scales.groups_per_scale) == (64, [6, 3, 1])
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_the_backward_pass_is_less_than_half_and_a_sixth() -> None:
     """The floors of docs/performance.md, at three groups of its model: CI fails where a change keeps more."""
     config = MODELS["small"].model_copy(update={"groups": 3})
@@ -159,6 +160,7 @@ def test_a_straight_line_is_fitted_and_judged() -> None:
 # ----------------------------------------------------------------------------------------------------------- command
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(

@@ -12,6 +12,7 @@ import textwrap
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 # (batch, channels, height, width), kernel: more than one block of channels and of columns, more taps than pixels.
 SHAPES = [((2, 3, 7, 6), 3), ((2, 4, 6, 9), 5), ((1, 2, 5, 5), 11), ((1, 70, 4, 17), 5)]
