@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.loading import load_model
+from ..checkpoints.loading import load_checkpoint, load_weights
 from ..core.distributed import rank, world_size
 from ..core.errors import UserError
-from ..core.precision import allow_tf32, precision_on
+from ..core.precision import Precision
 from ..data.images import Images
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
 from ..models.base import Family
 from ..models.registry import build
 from .config import AnyRunConfig, run_config
-from .continuation import changes, require_same_config, with_global_batch
+from .continuation import changes, continued, naming_fields, require_same_config, with_global_batch
 from .folder import RunFolder
 from .interruption import Interruption
 from .optim import Averaged, OptimConfig, Schedule, SkipRule, build_optimiser
-from .state import TrainingState, load_weights
+from .state import TrainingState
 from .tracking import Tracker
 from .trainer import TrainConfig, Trainer
 from .watching import Watcher
@@ -38,8 +38,10 @@ class Ready(NamedTuple):
     """What the person watching should know."""
 
 
-def ready(config: AnyRunConfig, folder: RunFolder, device: torch.device, interruption: Interruption) -> Ready:
-    """The run of a config where its newest checkpoint left it, or at its start.
+def ready(
+    config: AnyRunConfig, folder: RunFolder, device: torch.device, precision: Precision, interruption: Interruption
+) -> Ready:
+    """The run of a config where its newest checkpoint left it, or at its start, in a precision that the device has.
 
     No file is changed. Raises UserError for whatever stands in the way of training as asked.
     """
@@ -51,13 +53,14 @@ def ready(config: AnyRunConfig, folder: RunFolder, device: torch.device, interru
     images, held_out = open_images(data, "train"), open_images(data, "validation")
     config = _with_settled_model(config, saved, images)
     resolved = config.model_dump(mode="json")
-    notes = changes(saved["config"], resolved, allowed=config.allow_changes) if saved else []
+    notes = continued(saved["config"], resolved, allowed=config.allow_changes) if saved else []
 
     stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
     schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
-    state = _state(config, device)
+    state = _state(config, device, scales_loss=precision == "fp16")
     if saved is not None:
-        state.load_state_dict(saved)
+        with naming_fields(notes):
+            state.load_state_dict(saved)
     elif config.train.init_from is not None:
         _start_from(config.train.init_from, state)
     trainer = Trainer(
@@ -88,10 +91,8 @@ def _schedule(optim: OptimConfig, train: TrainConfig, images: int, epoch_size: i
     return Schedule(optim, total_steps, steps_per_epoch, images)
 
 
-def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
+def _state(config: AnyRunConfig, device: torch.device, *, scales_loss: bool) -> TrainingState:
     """The state that training starts from, the same on every rank."""
-    allow_tf32(config.train.precision)
-    scales_loss = precision_on(device, config.train.precision) == "fp16"
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     model: Family[Any] = build(config.model).to(device)
@@ -111,8 +112,10 @@ def _start_from(path: str, state: TrainingState) -> None:
     """A warm start: the weights of any checkpoint, and nothing else of it. Raises UserError for another model's."""
     config = state.model.config
     try:
-        source = load_model(path, config, mixture_edge=config.likelihood.edge, weights="raw")
-        load_weights(state.model, source.state_dict())
+        source = load_checkpoint(path, config, mixture_edge=config.likelihood.edge, weights="raw").model
+        before, now = ({"model": model.model_dump(mode="json")} for model in (source.config, config))
+        with naming_fields(changes(before, now)):
+            load_weights(state.model, source.state_dict())
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
     state.model.mark_loaded()
