@@ -1,6 +1,5 @@
 """How cost grows, what stays in memory, and how long it takes until the first update."""
 
-import resource
 import subprocess
 import sys
 import time
@@ -10,13 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from ..core.memory import MIB, peak_mib
 from ..kernels.operations import Mode, using
 from ..models.base import ModelConfig, Recomputation
 from .memory import saved_bytes
 from .timing import in_turns
 from .workloads import Way, Workload
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,8 @@ def memory_growth(workload: Workload, way: Way, first: int = 5, last: int = 50) 
     for step in range(1, last + 1):
         update()
         if step in (first, last):
-            peaks.append(_peak_mib(workload.device))
+            peaks.append(peak_mib(workload.device))
     return peaks[0], peaks[1]
-
-
-def _peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
 
 
 FIRST_UPDATE = """

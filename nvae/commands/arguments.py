@@ -21,6 +21,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run folder, checkpoint, or published checkpoint")
     parser.add_argument("--config", type=Path, metavar="YAML", help="recipe with the data of a bare checkpoint")
     parser.add_argument("--data", type=Path, metavar="PATH", help="where the images are, if not where the config says")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results (default: the run's folder)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
     parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -71,6 +72,7 @@ def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
             args.run,
             config=args.config,
             data=args.data,
+            out=args.out,
             weights=args.weights,
             mixture_edge=args.mixture_edge,
             device=device,

@@ -14,17 +14,15 @@ from typing import NoReturn
 
 from ..core.distributed import rank
 from ..evaluation.quality import SAMPLES
-from ..evaluation.results import quality_table, table
 from .arguments import natural, numbers, parser_of, refuse_others, subject_of
 from .bounds import DEFAULT_SAMPLES, Measurement, evaluate_bounds, samples_for
 from .command import command
 from .page import write_page
 from .quality import evaluate_fid
-from .subject import Subject
 
 OPTIONS = {
     "bounds": ("batch", "split", "importance_samples", "draws", "limit", "rows", "compile"),
-    "--fid": ("batch", "readjust", "temperature", "num"),
+    "--fid": ("batch", "readjust", "temperature", "count"),
     "--report": ("readjust",),
 }
 """Those that not every action takes."""
@@ -41,9 +39,16 @@ def run() -> int:
     """What was asked for on the command line; the exit code."""
     args = parse()
     with subject_of(args) as subject:
-        text = answer(subject, args)
-        if rank() == 0:
-            print(text)
+        if args.report:
+            path = write_page(subject, seed=args.seed, readjust=args.readjust)
+            if rank() == 0:
+                print(f"written: {path}")
+        elif args.fid:
+            evaluate_fid(subject, args.temperature, args.count, args.seed, args.batch, args.readjust)
+        else:
+            samples = samples_for(subject, args.importance_samples)
+            asked = Measurement(args.split, samples, args.seed, args.draws, args.limit)
+            evaluate_bounds(subject, asked, args.batch, args.rows, args.compile)
     return 0
 
 
@@ -62,18 +67,7 @@ def parse() -> Namespace:
     what.add_argument("--fid", action="store_true", help="FID, KID, precision, recall and Inception score of samples")
     what.add_argument("--report", action="store_true", help="write report.html: results, curves, latents, pictures")
     other.add_argument("--temperature", type=numbers, metavar="T", default=[1.0], help=TEMPERATURE)
-    other.add_argument("--num", type=natural, default=SAMPLES, help="fid: how many samples (default: %(default)s)")
+    other.add_argument("--count", "--num", type=natural, default=SAMPLES, help="fid: samples (default: %(default)s)")
     args = parser.parse_args()
     refuse_others(parser, args, "--fid" if args.fid else "--report" if args.report else "bounds", OPTIONS)
     return args
-
-
-def answer(subject: Subject, args: Namespace) -> str:
-    if args.report:
-        return f"written: {write_page(subject, seed=args.seed, readjust=args.readjust)}"
-    if args.fid:
-        entry = evaluate_fid(subject, args.temperature, args.num, args.seed, args.batch, args.readjust)
-        return quality_table(entry)
-    samples = samples_for(subject, args.importance_samples)
-    asked = Measurement(args.split, samples, args.seed, args.draws, args.limit)
-    return table(evaluate_bounds(subject, asked, args.batch, args.rows, args.compile))

@@ -1,7 +1,7 @@
 """Sample from a run, or a checkpoint, and look into its latents.
 
     %(prog)s runs/cifar10 --temperature 0.7
-    %(prog)s runs/cifar10 --temperature 0.6 0.8 1 --num 100       a picture for each temperature
+    %(prog)s runs/cifar10 --temperature 0.6 0.8 1 --count 100       a picture for each temperature
     %(prog)s runs/celeba_64 --temperature 0.5,0.7,1               one per scale, the smallest first
     %(prog)s runs/cifar10 reconstruct --groups 1 5 10 30
     %(prog)s runs/cifar10 interpolate --steps 24 --animation .webp
@@ -59,7 +59,7 @@ def parse() -> Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("action", nargs="?", choices=ACTIONS, default="images", help="default: images, that is samples")
     parser.add_argument("--temperature", type=numbers, nargs="+", metavar="T", default=[[1.0]], help=TEMPERATURE)
-    parser.add_argument("--num", type=natural, help="samples, or images looked at (default: 64, else 8)")
+    parser.add_argument("--count", "--num", type=natural, help="samples, or images looked at (default: 64, else 8)")
     images = parser.add_argument_group("images")
     images.add_argument("--batch", type=natural, default=16, help="images sampled at once (default: 16)")
     images.add_argument("--grid", type=natural, metavar="COLUMNS", help="of the overview (default: a square, to 10)")

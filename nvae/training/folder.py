@@ -4,18 +4,17 @@ runs/<name>/: config.yaml, outcome.json, metrics.jsonl, tensorboard/, checkpoint
 samples/, results.json. All ranks must see it: several machines need a file system that they share.
 """
 
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.format import is_ours, read_safely, save_checkpoint
 from ..core.distributed import barrier, from_rank_zero, rank
 from ..core.errors import UserError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, lock
 
 
 class RunFolder:
@@ -34,24 +33,12 @@ class RunFolder:
 
         The system gives the lock back whatever becomes of the process.
         """
-        with ExitStack() as held:
-            if not from_rank_zero(self._taken(held) if rank() == 0 else None):
+        with lock(self.path / ".lock", wait=False) if rank() == 0 else nullcontext() as taken:
+            if not from_rank_zero(taken):
                 raise UserError(f"{self.path}: another process trains in this folder; choose another name=")
             if rank() == 0 and not self._is_a_run():
                 (self.path / "outcome.json").unlink(missing_ok=True)  # of a command that was refused
             yield
-
-    def _taken(self, held: ExitStack) -> bool:
-        """Takes the lock, until `held` ends; False where another process has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((self.path / ".lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            print(f"{self.path}: no locks on this file system ({error}); start no second run here", file=sys.stderr)
-        return True
 
     def begin(self, config: str) -> None:
         """A command to train here is accepted: from now on the folder changes. `config`: the run's, as YAML."""

@@ -9,6 +9,7 @@ import torch
 from ..core import distributed
 from ..core.config import dump_yaml
 from ..core.errors import UserError
+from ..core.precision import Precision, allow_tf32, precision_on
 from .config import AnyRunConfig
 from .folder import RunFolder
 from .interruption import Interruption
@@ -25,15 +26,19 @@ def train(config: AnyRunConfig, runs: Path = Path("runs")) -> Outcome:
     with Interruption() as interruption:
         kind = distributed.device_type(config.train.device, "train.device")
         device = distributed.start(kind, config.train.timeout_minutes)
+        precision = precision_on(device, config.train.precision)
+        allow_tf32(precision)
         folder = RunFolder(runs / config.name)
         with folder.locked(), _failures_recorded(folder, config):
-            outcome = _train_in(folder, config, device, interruption)
+            outcome = _train_in(folder, config, device, precision, interruption)
         distributed.stop()
     return outcome
 
 
-def _train_in(folder: RunFolder, config: AnyRunConfig, device: torch.device, interruption: Interruption) -> Outcome:
-    config, trainer, notes = ready(config, folder, device, interruption)
+def _train_in(
+    folder: RunFolder, config: AnyRunConfig, device: torch.device, precision: Precision, interruption: Interruption
+) -> Outcome:
+    config, trainer, notes = ready(config, folder, device, precision, interruption)
     folder.begin(dump_yaml(config))
     with trainer.tracker as tracker:
         for note in notes:

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoints.loading import load_model
+from ..checkpoints.loading import load_checkpoint
 from ..core.distributed import rank, world_size
 from ..core.errors import UserError
-from ..core.precision import allow_tf32, computed_in, precision_on
+from ..core.precision import Precision, computed_in
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
 from ..kernels.fusion import compile_each
@@ -17,7 +17,7 @@ from ..models.base import Family, ModelConfig
 from ..models.registry import build
 from .beginning import begin
 from .config import AnyRunConfig, run_config
-from .continuation import changes, require_same_config, with_global_batch
+from .continuation import changes, continued, naming_fields, require_same_config, with_global_batch
 from .folder import RunFolder
 from .interruption import Interruption
 from .optim import Averaged, OptimConfig, Schedule, SkipRule, build_optimiser
@@ -38,8 +38,10 @@ class Ready(NamedTuple):
     """What the person watching should know."""
 
 
-def ready(config: AnyRunConfig, folder: RunFolder, device: torch.device, interruption: Interruption) -> Ready:
-    """The run of a config where its newest checkpoint left it, or at its start.
+def ready(
+    config: AnyRunConfig, folder: RunFolder, device: torch.device, precision: Precision, interruption: Interruption
+) -> Ready:
+    """The run of a config where its newest checkpoint left it, or at its start, in a precision that the device has.
 
     No file is changed. Raises UserError for whatever stands in the way of training as asked.
     """
@@ -53,13 +55,14 @@ def ready(config: AnyRunConfig, folder: RunFolder, device: torch.device, interru
     source = _source(config) if saved is None and config.train.init_from is not None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
     resolved = config.model_dump(mode="json")
-    notes = changes(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
+    notes = continued(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
 
     stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
     schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
-    state = _state(config, device)
+    state = _state(config, device, precision)
     if saved is not None:
-        state.load_state_dict(saved)
+        with naming_fields(notes):
+            state.load_state_dict(saved)
     elif source is not None:
         _start_from(source, state)
     if not state.begun:
@@ -94,22 +97,20 @@ def _schedule(optim: OptimConfig, train: TrainConfig, images: int, epoch_size: i
     return Schedule(optim, total_steps, steps_per_epoch, images)
 
 
-def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
+def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> TrainingState:
     """The state that training starts from, the same on every rank."""
-    allow_tf32(config.train.precision)
     use(config.train.kernels)
-    scales_loss = precision_on(device, config.train.precision) == "fp16"
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     model: Family[Any] = build(config.model).to(device)
     model.set_recomputation(config.train.recompute)
-    settle(device, computed_in(precision_on(device, config.train.precision)))
+    settle(device, computed_in(precision))
     return TrainingState(
         model,
         build_optimiser(model.parameters(), config.optim),
         SkipRule(config.optim),
         Averaged(model, config.optim.ema) if config.optim.ema is not None else None,
-        torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=scales_loss),
+        torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=precision == "fp16"),
     )
 
 
@@ -118,15 +119,17 @@ def _source(config: AnyRunConfig) -> Family[Any]:
     path, model = config.train.init_from, config.model
     assert path is not None
     try:
-        return load_model(path, model, mixture_edge=model.likelihood.edge, weights="raw")
+        return load_checkpoint(path, model, mixture_edge=model.likelihood.edge, weights="raw").model
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
 
 
 def _start_from(source: Family[Any], state: TrainingState) -> None:
     """A warm start: the weights of a checkpoint, and nothing else of it. Raises UserError for another model's."""
+    before, now = ({"model": model.config.model_dump(mode="json")} for model in (source, state.model))
     try:
-        state.take_weights(source.state_dict())
+        with naming_fields(changes(before, now)):
+            state.take_weights(source.state_dict())
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
 

@@ -3,7 +3,6 @@
 The trainer receives built objects; it knows no family, no data set and no command line.
 """
 
-import resource
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.config import Config, flat
 from ..core.distributed import check_same, check_same_state, is_distributed, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
+from ..core.memory import peak_mib
 from ..core.precision import Precision, autocast, precision_on
 from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
@@ -275,7 +275,7 @@ class Trainer:
             "non_finite": state.non_finite,
             "loss_scale": state.scaler.get_scale(),
             "images_per_second": self._images_per_second(),
-            "peak_memory_mib": _peak_memory(self.device),
+            "peak_memory_mib": peak_mib(self.device),
         }
         unit = "bits_per_dim" if "bits_per_dim" in numbers else "nelbo"
         self.tracker.scalars(state.step, numbers, shown=("loss", unit, "images_per_second"))
@@ -380,10 +380,3 @@ _BUFFERS_OPTION = (  # whether rank 0 hands out its buffers in every pass; older
     if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
-
-
-def _peak_memory(device: torch.device) -> float:
-    """MiB: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

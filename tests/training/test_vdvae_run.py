@@ -178,7 +178,7 @@ def test_its_evaluation_is_compiled_where_asked_for(trained: Path, monkeypatch: 
     ids=lambda arguments: arguments[0],
 )
 def test_its_samples_and_latents_are_seen_like_any_other_s(trained: Path, arguments: list[Any]) -> None:
-    assert call("sample", trained, *arguments, "--num", 2) == 0
+    assert call("sample", trained, *arguments, "--count", 2) == 0
 
 
 def test_it_has_a_page(trained: Path) -> None:
