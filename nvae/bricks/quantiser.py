@@ -114,7 +114,8 @@ def rotated(vectors: Tensor, chosen: Tensor) -> Tensor:
 
 def _length(vectors: Tensor) -> Tensor:
     """(V, 1), at least 1e-6."""
-    return torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-6)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return length.clamp(min=1e-6)
 
 
 GRADIENTS = {"straight_through": straight_through, "rotation": rotated}
@@ -296,10 +297,11 @@ class AveragedQuantiser(Quantiser):
         self.total.copy_(torch.where(where, rows * size * share, self.total))
 
     def _share(self) -> Tensor:
-        """What part of the averages is not their start: 1 − γ^t where that is divided out."""
+        """What part of the averages is not their start: 1 − γ^t where that is divided out; 1 while all of it is."""
         if self.config.averages != "debiased":
             return self.size.new_ones(())
-        return (1 - self.config.decay ** self.updates.double()).to(self.size)
+        share = 1 - self.config.decay ** self.updates.double()
+        return torch.where(self.updates > 0, share, 1).to(self.size)
 
 
 def build_quantiser(config: QuantiserConfig) -> Quantiser:
