@@ -214,7 +214,7 @@ def test_a_network_of_one_level(case: Case) -> None:
     network = network_of(case, decay=h.get("decay", 0.99), **learning).eval()
     if "evaluated.z" in expected:
         (encoded,) = network.encode(images[0])
-        assert_close(network.top_down()[0].project(encoded), expected["evaluated.z"])
+        assert_close(network.top_down()[0].vectors(encoded, None), expected["evaluated.z"])
     assert_reconstruction(network, images[0], expected, "evaluated")
 
     optimiser = torch.optim.Adam(network.parameters(), lr=h["lr"])

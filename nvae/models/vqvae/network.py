@@ -5,7 +5,7 @@ Shapes: B batch, C image channels, H W its space, c channels of a level, D dimen
 levels. Codes are listed top-down, the smallest map first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -119,18 +119,28 @@ class Level(nn.Module):
         enlargers = (nn.Sequential(*(doubling(dim, dim) for _ in range(steps))) for _ in range(above + 1))
         self.enlarge = nn.ModuleList(() if is_finest else enlargers)
 
-    def quantise(self, h: Tensor, message: Tensor | None) -> Quantised:
-        """Codes of the encoder's output (B, c, h, w) and what the level above says of it (B, D, h, w)."""
+    def vectors(self, h: Tensor, message: Tensor | None) -> Tensor:
+        """What is to be quantised (B, D, h, w): of the encoder's output (B, c, h, w) and the message (B, D, h, w) of the
+        level above."""
         seen = h if message is None else torch.cat([message, h], dim=1)
-        return cast(Quantised, self.quantiser(self.project(seen)))
+        return cast(Tensor, self.project(seen))
 
     def enlarged(self, codes: Sequence[Tensor]) -> list[Tensor]:
         """The codes (B, D, h, w) of the levels above, top first, and of this one, as the level below sees them."""
         return [enlarge(code) for enlarge, code in zip(self.enlarge, codes, strict=True)]
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """What those codes say to the level below, or of the image."""
+        """What those codes say to the level below, a message, or of the image."""
         return cast(Tensor, self.decoder(torch.cat(list(codes), dim=1)))
+
+
+Choice = Callable[[int, Quantiser, Tensor], Quantised]
+"""Of a level's number, top-down, its quantiser, and its vectors (B, D, h, w)."""
+
+
+def chosen_nearest(number: int, quantiser: Quantiser, vectors: Tensor) -> Quantised:
+    """The nearest codes."""
+    return cast(Quantised, quantiser(vectors))
 
 
 class Network(nn.Module):
@@ -173,13 +183,13 @@ class Network(nn.Module):
             outputs.append(x)
         return outputs[::-1]
 
-    def quantise(self, encoded: Sequence[Tensor]) -> list[Quantised]:
-        """The codes of what `encode` says, top-down."""
+    def quantise(self, encoded: Sequence[Tensor], choose: Choice = chosen_nearest) -> list[Quantised]:
+        """The codes of what `encode` says, top-down; `choose` takes each level's."""
         found: list[Quantised] = []
         codes: list[Tensor] = []
         message: Tensor | None = None
-        for level, h in zip(self.top_down(), encoded, strict=True):
-            found.append(level.quantise(h, message))
+        for number, (level, h) in enumerate(zip(self.top_down(), encoded, strict=True)):
+            found.append(choose(number, level.quantiser, level.vectors(h, message)))
             codes.append(found[-1].output)
             if len(found) < len(encoded):
                 message, codes = level.decode(codes), level.enlarged(codes)
