@@ -141,19 +141,22 @@ class Quantiser(nn.Module):
         self.config = config
 
     def forward(self, v: Tensor) -> Quantised:
-        """Of vectors (B, D, h, w)."""
-        batch, dim, height, width = v.shape
-        vectors = at_least_float32(v).movedim(1, -1).reshape(-1, dim)
+        """The nearest codes of vectors (B, D, h, w)."""
+        vectors = _rows(v)
         indices = nearest(vectors.detach(), self.codebook)
-        chosen = self.codebook[indices]
         if self.training:
             self.learn_from(vectors.detach(), indices)
-        output = GRADIENTS[self.config.gradient](vectors, chosen)
+        return self.chosen(v, indices.reshape(v.shape[0], *v.shape[2:]))
+
+    def chosen(self, v: Tensor, indices: Tensor) -> Quantised:
+        """Vectors (B, D, h, w) to which these codes (B, h, w) were given."""
+        vectors, codes = _rows(v), self.codebook[indices.flatten()]
+        output = GRADIENTS[self.config.gradient](vectors, codes)
         return Quantised(
-            output.reshape(batch, height, width, dim).movedim(-1, 1),
-            indices.reshape(batch, height, width),
-            commitment=(vectors - chosen.detach()).square().mean(),
-            codebook=self.codebook_loss(vectors.detach(), chosen),
+            output.reshape(*indices.shape, -1).movedim(-1, 1),
+            indices,
+            commitment=(vectors - codes.detach()).square().mean(),
+            codebook=self.codebook_loss(vectors.detach(), codes),
         )
 
     def values(self, indices: Tensor) -> Tensor:
@@ -161,11 +164,11 @@ class Quantiser(nn.Module):
         return self.codebook[indices].movedim(-1, 1)
 
     @torch.no_grad()
-    def begin(self, v: Tensor, seed: int) -> None:
-        """Sets the codes to vectors of (B, D, h, w), different ones drawn by `seed`; too few are repeated, with noise
-        of 0.01/sqrt(D)."""
-        random, (codes, dim) = generator("cpu", seed, "codebook"), self.codebook.shape
-        vectors = at_least_float32(v).movedim(1, -1).reshape(-1, dim)
+    def begin(self, v: Tensor, *key: int) -> None:
+        """Sets the codes to vectors of (B, D, h, w), different ones drawn by a key; too few are repeated, with noise of
+        0.01/sqrt(D)."""
+        random, (codes, dim) = generator("cpu", *key, "codebook"), self.codebook.shape
+        vectors = _rows(v)
         order = torch.randperm(len(vectors), generator=random).to(vectors.device)
         rows = vectors[order.repeat(math.ceil(codes / len(order)))[:codes]]
         noise = torch.randn(rows.shape, generator=random).to(rows) * (0.01 / math.sqrt(dim))
@@ -189,6 +192,11 @@ class Quantiser(nn.Module):
         if self.config.start == "normal":
             return torch.randn(shape)
         return (2 * torch.rand(shape) - 1) * math.sqrt(3 / self.config.dim)
+
+
+def _rows(v: Tensor) -> Tensor:
+    """(B, D, h, w) as vectors (V, D) in at least float32."""
+    return at_least_float32(v).movedim(1, -1).flatten(0, 2)
 
 
 class LearnedQuantiser(Quantiser):

@@ -301,7 +301,7 @@ def test_where_a_code_restarts_depends_on_seed_step_and_level() -> None:
 
 def test_the_first_codes_are_different_vectors_of_the_first_batch() -> None:
     quantiser, v = averaged(), images()
-    quantiser.begin(v, seed=0)
+    quantiser.begin(v, 0)
     rows = v.movedim(1, -1).reshape(-1, DIM)
     places = [(rows == code).all(1).nonzero().item() for code in quantiser.codebook]
     assert len(set(places)) == CODES
@@ -310,7 +310,7 @@ def test_the_first_codes_are_different_vectors_of_the_first_batch() -> None:
 
 def test_too_few_vectors_are_repeated_with_a_little_noise() -> None:
     quantiser = averaged()
-    quantiser.begin(torch.zeros(1, DIM, 1, 1), seed=0)
+    quantiser.begin(torch.zeros(1, DIM, 1, 1), 0)
     assert quantiser.codebook[0].abs().max() == 0
     assert 0 < quantiser.codebook[1:].abs().max() < 0.1
     assert len(quantiser.codebook.unique(dim=0)) == CODES
@@ -320,7 +320,7 @@ def test_a_start_forgets_what_was_learnt() -> None:
     quantiser = averaged(averages="from_one")
     quantiser(images())
     after_update([quantiser], 0, 0, 0.0)
-    quantiser.begin(images(), seed=0)
+    quantiser.begin(images(), 0)
     assert torch.equal(quantiser.size, torch.ones(CODES))
     assert torch.equal(quantiser.total, quantiser.codebook)
 
