@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..models.base import Recomputation
-from ..models.nvae.model import NVAEConfig
+from ..models.nvae.config import NVAEConfig
 from .memory import saved_bytes
 from .plain import make_plain
 from .timing import in_turns

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..bricks.convolutions import Conv2d
 from ..core.errors import UserError
 from ..core.precision import AUTOCAST, Precision, allow_tf32
-from ..models.nvae.model import NVAE, NVAEConfig
+from ..models.nvae.config import NVAEConfig
+from ..models.nvae.model import NVAE
 from .plain import make_plain
 from .timing import synchronise
 
@@ -48,7 +49,6 @@ def training_gflop(config: NVAEConfig, batch: int) -> float:
 
     with FakeTensorMode():
         model = make_plain(NVAE(config)).train()
-        model.mark_loaded()
         for module in model.modules():
             if isinstance(module, Conv2d):
                 module.register_forward_hook(count)

@@ -76,7 +76,6 @@ def _inputs(config: ModelConfig, batch: int, recompute: Recomputation) -> tuple[
     """A model in training mode, images and noise."""
     model = build(config).train()
     model.set_recomputation(recompute)
-    model.mark_loaded()
     images = torch.zeros(batch, config.image_channels, config.image_size, config.image_size)
     return model, images, [torch.zeros(shape) for shape in model.latent_shapes(batch)]
 

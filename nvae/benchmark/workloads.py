@@ -12,7 +12,9 @@ import torch
 from ..core.errors import UserError
 from ..core.precision import Precision, allow_tf32, autocast
 from ..evaluation.bounds import Evaluator, importance_weighted_bound
-from ..models.nvae.model import NVAE, NVAEConfig
+from ..kernels.fusion import compile_each
+from ..models.nvae.config import NVAEConfig
+from ..models.nvae.model import NVAE
 from ..sampling.images import sample_images
 from ..training.optim import OptimConfig, build_optimiser
 from ..training.run import read_run_config
@@ -106,7 +108,7 @@ class Workload:
         else:
             optimiser = build_optimiser(model.parameters(), options)
         if way.compiled:
-            model.compile_parts()
+            compile_each(model.parts())
         images = self.images
 
         def update() -> None:
@@ -171,5 +173,5 @@ WORK: dict[str, Callable[[Workload, NVAE, Way], Action]] = {
 def _inference(model: NVAE, way: Way) -> NVAE:
     ready = model.for_inference()
     if way.compiled:
-        ready.compile_parts()
+        compile_each(ready.parts())
     return ready

@@ -124,7 +124,6 @@ def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -
         model.load_state_dict(averaged or content["model"])
     except RuntimeError as error:
         raise UserError("its weights are of another model than its config describes") from error
-    model.mark_loaded()
     return Loaded(model.eval(), "ema" if averaged else "published" if content.get("published") is not None else "raw")
 
 

@@ -15,7 +15,7 @@ from ..data.sets import open_images
 from ..data.splits import Split
 from ..evaluation.bounds import check_samples, evaluate, has_importance_weights
 from ..evaluation.results import circumstances, key_of, read_results, record
-from ..models.base import Family
+from ..kernels.fusion import compile_each
 from .subject import Subject
 
 DEFAULT_SAMPLES = 100
@@ -51,7 +51,7 @@ def evaluate_bounds(
     An evaluation that was stopped goes on where it was. `batch`: images encoded at once (None: the run's); `rows`:
     images × draws decoded at once (None: as suits their size). Raises UserError where compiling would change nothing.
     """
-    if compile_model and type(subject.model).compile_parts is Family.compile_parts:
+    if compile_model and not list(subject.model.parts()):
         raise UserError(f"--compile: {type(subject.model).__name__} names no parts to compile for evaluation; omit it")
     identity = _identity(subject, asked)
     results, key = subject.folder / "results.json", key_of(identity)
@@ -83,7 +83,7 @@ def evaluate_bounds(
     unfinished = subject.folder / "evaluation" / key.replace(" ", "_")
     model = subject.model.for_inference()
     if compile_model:
-        model.compile_parts()
+        compile_each(model.parts())
     with subject.autocast():
         evaluation = evaluate(
             model,

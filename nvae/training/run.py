@@ -12,7 +12,6 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
 
 from ..checkpoints.loading import load_model
 from ..core import distributed
@@ -20,16 +19,17 @@ from ..core.config import Config, apply_overrides, describe, dump_yaml, read_yam
 from ..core.errors import UserError
 from ..core.precision import allow_tf32, precision_on
 from ..data.config import DataConfig
-from ..data.images import Images
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
+from ..kernels.fusion import compile_each
 from ..models.base import Family, ModelConfig
 from ..models.registry import build, family
+from .beginning import begin
 from .continuation import changes, require_same_config, with_global_batch
 from .folder import RunFolder
 from .interruption import Interruption, ignore_signals
 from .optim import Averaged, OptimConfig, Schedule, SkipRule, build_optimiser
-from .state import TrainingState, load_weights
+from .state import TrainingState
 from .tracking import Tracker
 from .trainer import Outcome, TrainConfig, Trainer
 from .watching import Watcher
@@ -186,9 +186,11 @@ def _trainer(
     before = saved["config"]["data"]["global_batch"] if saved else None
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world)})
     images = open_images(config.data, "train")
-    config = _with_settled_model(config, saved, images)
+    earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
+    source = _source(config) if saved is None and config.train.init_from is not None else None
+    config = _continuing(config, earlier.model if earlier else source.config if source else None)
     resolved = config.model_dump(mode="json")
-    notes = changes(saved["config"], resolved, allowed=config.allow_changes) if saved else []
+    notes = changes(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
     folder.write("config.yaml", dump_yaml(config))
 
     rank, data, seed = distributed.rank(), config.data, config.seed
@@ -197,8 +199,12 @@ def _trainer(
     state = _state(config, device)
     if saved is not None:
         state.load_state_dict(saved)
-    elif config.train.init_from is not None:
-        _start_from(config.train.init_from, state)
+    elif source is not None:
+        _start_from(source, state)
+    if not state.begun:
+        begin(state, images, data, seed)
+    if config.train.compile:
+        compile_each(list(state.model.parts()) or [state.model])
     watcher = Watcher(
         open_images(data, "validation"),
         data,
@@ -244,8 +250,6 @@ def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
     torch.manual_seed(config.seed)
     model: Family[Any] = build(config.model).to(device)
     model.set_recomputation(config.train.recompute)
-    if config.train.compile:
-        model.compile_parts()
     scales_loss = precision_on(device, config.train.precision) == "fp16"
     return TrainingState(
         model,
@@ -256,17 +260,27 @@ def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
     )
 
 
-def _start_from(path: str, state: TrainingState) -> None:
-    """A warm start: the weights of any checkpoint, and nothing else of it. Raises UserError for another model's."""
-    config = state.model.config
+def _source(config: AnyRunConfig) -> Family[Any]:
+    """The model whose weights a new run starts from, of any checkpoint."""
+    path, model = config.train.init_from, config.model
+    assert path is not None
     try:
-        source = load_model(path, config, mixture_edge=config.likelihood.edge, weights="raw")
-        load_weights(state.model, source.state_dict())
+        return load_model(path, model, mixture_edge=model.likelihood.edge, weights="raw")
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
-    state.model.mark_loaded()
-    if state.average is not None:
-        state.average.restart()
+
+
+def _start_from(source: Family[Any], state: TrainingState) -> None:
+    """A warm start: the weights of a checkpoint, and nothing else of it. Raises UserError for another model's."""
+    try:
+        state.take_weights(source.state_dict())
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
+
+
+def _continuing(config: AnyRunConfig, saved: ModelConfig | None) -> AnyRunConfig:
+    """The config of a run that goes on from the weights of a model, if there are any."""
+    return config if saved is None else config.model_copy(update={"model": config.model.continuing(saved)})
 
 
 def _out_of_memory(config: AnyRunConfig) -> str:
@@ -279,25 +293,6 @@ def _out_of_memory(config: AnyRunConfig) -> str:
         f"out of memory with data.batch={data.batch}, train.recompute={recompute} and train.precision={precision}; "
         f"{' or '.join(options) or 'a smaller model'} would need less, and the run goes on from its last checkpoint"
     )
-
-
-def _with_settled_model(config: AnyRunConfig, saved: Mapping[str, Any] | None, images: Images) -> AnyRunConfig:
-    """The config with what its model leaves open: as the run had it before, or measured on its first images."""
-    before = run_config(saved["config"], "the checkpoint's config").model if saved else None
-    same_family = isinstance(before, type(config.model))
-    model = config.model.settled(before if same_family else None, _first_images(images, config))
-    return config.model_copy(update={"model": model})
-
-
-def _first_images(images: Images, config: AnyRunConfig, limit: int = 10_000) -> Iterator[Tensor]:
-    """The first images that training sees, at most a whole epoch and the same on every rank: (B, C, H, W) in [0, 1]."""
-    stream = TrainingStream(images, config.data, seed=config.seed, device=torch.device("cpu"))
-    left = min(limit, stream.epoch_size)
-    for batch in stream.batches(start=0):
-        yield batch.images[:left]
-        left -= len(batch.images)
-        if left <= 0:
-            return
 
 
 def _greeting(config: AnyRunConfig, state: TrainingState, total_steps: int, device: torch.device) -> str:

@@ -20,9 +20,10 @@ from ..core.config import Config, flat
 from ..core.distributed import check_same, check_same_state, is_distributed, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision, autocast, precision_on
-from ..core.randomness import derived_seed, keyed_normal
+from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
 from ..models.base import Family, Metrics, Output, Recomputation
+from .beginning import training_noise
 from .diagnosis import first_non_finite
 from .folder import RunFolder, is_milestone
 from .interruption import Interruption
@@ -153,7 +154,6 @@ class Trainer:
         for group in state.optimiser.param_groups:
             group["lr"] = state.lr_factor * self.schedule(state.step)
         self.buffers.take()
-        starts = not self.model.has_started
         state.optimiser.zero_grad()
         metrics = self._accumulate_gradients()
         state.scaler.unscale_(state.optimiser)
@@ -165,8 +165,6 @@ class Trainer:
             state.non_finite_in_a_row += 1
         else:
             state.non_finite_in_a_row = 0
-            if starts and state.average is not None:
-                state.average.restart()
             if state.skip_rule.skips(norm_value):
                 state.skipped += 1
             else:
@@ -190,9 +188,10 @@ class Trainer:
     def _loss(self, model: nn.Module) -> tuple[Tensor, Metrics]:
         """Loss and metrics of the current micro-batch; the draws are keyed on its images' numbers."""
         state, indices = self.state, self.batch.indices
-        noise = keyed_normal(self.model.latent_shapes(len(indices)), indices, self.seed, "latents", self.device)
+        noise = training_noise(self.model, indices, self.seed)
+        labels = self.batch.labels if self.model.config.classes else None
         with autocast(self.device, self.precision):
-            output: Output = model(self.batch.images, noise)
+            output: Output = model(self.batch.images, noise, labels)
         loss, metrics = self.model.loss(output, state.step / self.total_steps)
         if self._logs_at(state.step + 1):
             metrics |= group_metrics(output)
