@@ -125,7 +125,9 @@ def config_help(name: str = "nvae") -> str:
 
 
 def dry_run(config: AnyRunConfig) -> str:
-    """What would run: the resolved config, parameters by part, latent groups. Nothing is allocated or opened."""
+    """What would run: the resolved config, parameters by part, latent groups. Nothing is allocated or opened, but what
+    the model is built on."""
+    config = _built_on(config, _foundation(config))
     with torch.device("meta"):
         model = build(config.model)
     total = sum(p.numel() for p in model.parameters())
@@ -189,6 +191,8 @@ def _trainer(
     earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
     source = _source(config) if saved is None and config.train.init_from is not None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
+    foundation = _foundation(config)
+    config = _built_on(config, foundation)
     resolved = config.model_dump(mode="json")
     notes = changes(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
     folder.write("config.yaml", dump_yaml(config))
@@ -201,6 +205,8 @@ def _trainer(
         state.load_state_dict(saved)
     elif source is not None:
         _start_from(source, state)
+    if foundation is not None:
+        state.model.take_in(foundation)
     if not state.begun:
         begin(state, images, data, seed)
     if config.train.compile:
@@ -255,7 +261,7 @@ def _state(config: AnyRunConfig, device: torch.device) -> TrainingState:
         model,
         build_optimiser(model.parameters(), config.optim),
         SkipRule(config.optim),
-        Averaged(model, config.optim.ema) if config.optim.ema is not None else None,
+        Averaged(model, config.optim.ema, model.copied()) if config.optim.ema is not None else None,
         torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=scales_loss),
     )
 
@@ -281,6 +287,22 @@ def _start_from(source: Family[Any], state: TrainingState) -> None:
 def _continuing(config: AnyRunConfig, saved: ModelConfig | None) -> AnyRunConfig:
     """The config of a run that goes on from the weights of a model, if there are any."""
     return config if saved is None else config.model_copy(update={"model": config.model.continuing(saved)})
+
+
+def _foundation(config: AnyRunConfig) -> Family[Any] | None:
+    """The model that becomes a part of the run's; None where there is none, or where it already is one."""
+    path = config.model.foundation
+    try:
+        return None if path is None else load_model(path)
+    except UserError as error:
+        raise UserError(f"the model that model.family={config.model.family} is built on: {error}") from error
+
+
+def _built_on(config: AnyRunConfig, foundation: Family[Any] | None) -> AnyRunConfig:
+    """The config once the model's foundation is known."""
+    if foundation is None:
+        return config
+    return config.model_copy(update={"model": config.model.built_on(foundation.config)})
 
 
 def _out_of_memory(config: AnyRunConfig) -> str:

@@ -1,7 +1,7 @@
 """Configs of the vector-quantised family (spec_vqvae §2–§4)."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -90,6 +90,10 @@ class VQVAEPriorConfig(ModelConfig):
     train_decoder: bool = False
     """Whether the decoder of the image trains on beside the priors, the codes staying as they are."""
 
+    @property
+    def foundation(self) -> str | None:
+        return None if self.first_stage is not None else self.codes
+
     def built_on(self, source: ModelConfig) -> "VQVAEPriorConfig":
         """With the first stage of a model of either stage, and one prior a level. Raises UserError where they disagree.
 
@@ -101,11 +105,17 @@ class VQVAEPriorConfig(ModelConfig):
             first, priors = source.first_stage, source.levels
         else:
             raise UserError(f"model.codes: a model of family '{source.family}', not of 'vqvae' or 'vqvae_prior'")
+        first = first.with_likelihood(edge=self.likelihood.edge)
         for field in ("image_size", "image_channels", "likelihood"):
             found, own = getattr(first, field), getattr(self, field)
             if found != own:
                 raise UserError(f"model.{field}: is {own}, but the first stage of model.codes has {found}")
         return self.model_copy(update={"first_stage": first, "levels": self._levels_of(len(first.factors), priors)})
+
+    def with_likelihood(self, **fields: Any) -> "VQVAEPriorConfig":
+        """The first stage's likelihood changes along."""
+        first = None if self.first_stage is None else self.first_stage.with_likelihood(**fields)
+        return super().with_likelihood(**fields).model_copy(update={"first_stage": first})
 
     def _levels_of(
         self, count: int, kept: tuple[PixelSNAILConfig | None, ...] | None
@@ -122,6 +132,4 @@ class VQVAEPriorConfig(ModelConfig):
 
     def continuing(self, saved: ModelConfig) -> "VQVAEPriorConfig":
         """The config of a run that goes on: with its own first stage."""
-        if self.first_stage is None and isinstance(saved, VQVAEPriorConfig):
-            return self.model_copy(update={"first_stage": saved.first_stage, "levels": saved.levels})
-        return self
+        return self.built_on(saved) if self.first_stage is None and isinstance(saved, VQVAEPriorConfig) else self

@@ -1,8 +1,10 @@
 """VQ-VAE and VQ-VAE-2, stage 1: images as maps of codes that count as uniform (van den Oord et al. 2017; Razavi et al.
 2019; spec_vqvae §1, §3).
 
-q(codes | x) sits on one point, so that the bound is log p(x | codes) + log p(codes), with p uniform: true where p(x | codes)
-is a likelihood; with a squared error there is none. Shapes: B images, L levels top-down, K codes, h w space of a map.
+q(codes | x) sits on one point, so that the bound is log p(x | codes) + log p(codes), p(codes) uniform: true where
+p(x | codes) is a likelihood; with a squared error there is none.
+
+Shapes: B images, L levels top-down, K codes, h w space of a map.
 """
 
 import math
@@ -189,7 +191,10 @@ class VQVAE(Family[VQVAEConfig]):
         return partial(_chosen, [z[:, 0] for z in given], otherwise)
 
 
-def _chosen(given: Sequence[Tensor], otherwise: Choice, number: int, quantiser: Quantiser, vectors: Tensor) -> Quantised:
+def _chosen(
+    given: Sequence[Tensor], otherwise: Choice, number: int, quantiser: Quantiser, vectors: Tensor
+) -> Quantised:
+    """The given indices of a level where there are some."""
     if number >= len(given):
         return otherwise(number, quantiser, vectors)
     indices, codes = given[number], len(quantiser.codebook)

@@ -120,8 +120,10 @@ class Level(nn.Module):
         self.enlarge = nn.ModuleList(() if is_finest else enlargers)
 
     def vectors(self, h: Tensor, message: Tensor | None) -> Tensor:
-        """What is to be quantised (B, D, h, w): of the encoder's output (B, c, h, w) and the level above's message (B, D,
-        h, w)."""
+        """What is to be quantised (B, D, h, w).
+
+        `h` (B, c, h, w): the encoder's output; `message` (B, D, h, w): what the level above says.
+        """
         seen = h if message is None else torch.cat([message, h], dim=1)
         return cast(Tensor, self.project(seen))
 

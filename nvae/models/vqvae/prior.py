@@ -1,4 +1,4 @@
-"""VQ-VAE and VQ-VAE-2, stage 2: learned priors of the codes of a frozen stage 1 (Razavi et al. 2019 §3.2; spec_vqvae §4).
+"""VQ-VAE and VQ-VAE-2, stage 2: learned priors of codes, over a frozen stage 1 (Razavi et al. 2019; spec_vqvae §4).
 
 Codes are made of each batch by the frozen encoder, in float32 and without gradient, so that flips and binarisation keep
 changing them. Shapes: B images, L levels top-down, K codes, h w space of a map.
@@ -152,7 +152,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
 
     def prior(self, level: int) -> PixelSNAIL | None:
         """That of a level; None where its codes count as uniform."""
-        return cast("PixelSNAIL | None", self.priors[str(level)] if str(level) in self.priors else None)
+        return cast("PixelSNAIL | None", dict(self.priors.items()).get(str(level)))
 
     def _rate(self, level: int, indices: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """−log p of a level's map given those above, (B,) nats."""
