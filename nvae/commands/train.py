@@ -16,7 +16,7 @@ from ..core.config import describe, dump_yaml
 from ..models.registry import build
 from ..training.config import AnyRunConfig, config_type, read_run_config
 from ..training.run import train
-from ..training.setup import images_per_update
+from ..training.setup import built_on, foundation_of, images_per_update
 from .command import EXIT_INTERRUPTED, command
 from .recipes import DEFAULT, recipe
 
@@ -68,6 +68,7 @@ def fields(config: type[AnyRunConfig]) -> str:
 
 def dry_run(config: AnyRunConfig) -> str:
     """What would run: the resolved config, parameters by part, latent groups. Nothing is allocated or opened."""
+    config = built_on(config, foundation_of(config))
     with torch.device("meta"):
         model = build(config.model)
     total = sum(p.numel() for p in model.parameters())

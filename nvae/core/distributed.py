@@ -1,7 +1,7 @@
 """Ranks: the process group that torchrun describes, and the few reductions the rest of the code needs.
 
 One process needs no process group: every function here is then the identity. `all_mean` is the only one through
-which gradients flow, and the only one bricks may use.
+which gradients flow, and the only one that a pass through bricks may use.
 """
 
 import datetime

@@ -109,12 +109,19 @@ def has_importance_weights(model: Family[Any]) -> bool:
     return model.density == "bound"
 
 
+NO_WEIGHTS = {
+    "exact": "its likelihood is exact",
+    "point": "all draws of an image are the same (a model.posterior_temperature above 0 spreads them)",
+    "none": "it has no density of its latents",
+}
+
+
 def check_samples(model: Family[Any], samples: int) -> None:
     """Raises UserError where importance samples are asked of a family that has no importance weights."""
     if samples > 1 and not has_importance_weights(model):
-        reason = {"exact": "its likelihood is exact", "none": "it has no density of its latents"}[model.density]
         raise UserError(
-            f"importance samples: {type(model).__name__} takes none, {reason}; found {samples}, allowed is 1"
+            f"importance samples: {type(model).__name__} takes none, {NO_WEIGHTS[model.density]}; found {samples}, "
+            "allowed is 1"
         )
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, C image channels, H W space, G latent groups (top-down), L late
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
@@ -19,7 +19,7 @@ from ..bricks.likelihoods import Likelihood, LikelihoodConfig
 from ..core.config import Config
 from ..core.errors import UserError
 
-Density = Literal["exact", "bound", "none"]
+Density = Literal["exact", "bound", "point", "none"]
 LatentKind = Literal["normal", "discrete"]
 Recomputation = Literal["none", "activations", "cells"]
 Temperature = float | Sequence[float]
@@ -28,6 +28,9 @@ Metrics = dict[str, Tensor]
 
 
 class ModelConfig(Config):
+    takes_squared_error: ClassVar[bool] = False
+    """Whether the family makes sense without a likelihood."""
+
     family: str
     """Which family of models: `nvae`, or `package.module:Class` for one of your own."""
     image_size: int = Field(32, ge=1)
@@ -44,6 +47,8 @@ class ModelConfig(Config):
             raise ValueError("likelihood.kind: bernoulli is for one-channel images, image_channels is 3")
         if self.likelihood.kind == "normal" and self.image_channels != 3:
             raise ValueError("likelihood.kind: normal is for RGB images, image_channels is 1")
+        if self.likelihood.kind == "squared_error" and not self.takes_squared_error:
+            raise ValueError(f"likelihood.kind: squared_error is no likelihood, which family {self.family} needs")
         if 2 * self.likelihood.border >= self.image_size:
             raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
         return self
@@ -54,6 +59,15 @@ class ModelConfig(Config):
 
     def continuing(self, saved: "ModelConfig") -> Self:
         """The config of a run that goes on from weights whose config is `saved`: what is left open now is as it was."""
+        return self
+
+    @property
+    def foundation(self) -> str | None:
+        """A run or checkpoint whose model becomes a part of this one when a run begins; None where there is none."""
+        return None
+
+    def built_on(self, source: "ModelConfig") -> Self:
+        """The config once that model's is known, to be kept. Raises UserError where they don't fit."""
         return self
 
 
@@ -207,7 +221,8 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     latent_kind: ClassVar[LatentKind] = "normal"
     """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
     density: Density = "bound"
-    """Whether log p(x) is computed exactly, bounded (importance weights exist), or not available."""
+    """Whether log p(x) is computed exactly, bounded (importance weights exist), bounded by one point of the latents
+    (all draws are the same), or not available."""
 
     def __init__(self, config: ConfigT) -> None:
         super().__init__()
@@ -261,6 +276,9 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         not for weights that were trained before. Every rank must come to the same result.
         """
 
+    def take_in(self, source: "Family[Any]") -> None:
+        """Makes the weights of the model that the config is `built_on` a part of this one, once, before `begin`."""
+
     @abstractmethod
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
         """The scalar to minimise at a fraction of training done, and detached metrics to log.
@@ -268,6 +286,21 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         The scalar is in the family's own unit: thresholds on gradient norms and the optimiser's eps are meant for it.
         Metrics are in nats per image, among them `nelbo` (the true one), `reconstruction` and `kl`.
         """
+
+    def after_update(self, seed: int, step: int, progress: float) -> Metrics:
+        """What learns otherwise than by gradients learns now, from the passes since the last update; metrics to log.
+
+        Called on every rank after each update of the weights, `step` counted from 0 and `progress` the fraction of
+        training done. Every rank must come to the same result.
+        """
+        return {}
+
+    def after_skip(self) -> None:
+        """Forgets what those passes left behind, where an update was not made."""
+
+    def copied(self) -> Collection[str]:
+        """Names in `state_dict` of what an average of the weights takes over as it is."""
+        return ()
 
     def set_recomputation(self, mode: Recomputation) -> None:
         """What the backward pass computes again instead of keeping it. Raises UserError where a mode is not offered."""

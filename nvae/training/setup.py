@@ -54,6 +54,8 @@ def ready(
     earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
     source = _source(config) if saved is None and config.train.init_from is not None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
+    foundation = foundation_of(config)
+    config = built_on(config, foundation)
     resolved = config.model_dump(mode="json")
     notes = continued(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
 
@@ -65,6 +67,8 @@ def ready(
             state.load_state_dict(saved)
     elif source is not None:
         _start_from(source, state)
+    if foundation is not None:
+        state.model.take_in(foundation)
     if not state.begun:
         begin(state, images, data, seed)
     if config.train.compile:
@@ -132,6 +136,22 @@ def _start_from(source: Family[Any], state: TrainingState) -> None:
             state.take_weights(source.state_dict())
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
+
+
+def foundation_of(config: AnyRunConfig) -> Family[Any] | None:
+    """The model that becomes a part of the run's; None where there is none, or where it already is one."""
+    path = config.model.foundation
+    try:
+        return None if path is None else load_checkpoint(path).model
+    except UserError as error:
+        raise UserError(f"the model that model.family={config.model.family} is built on: {error}") from error
+
+
+def built_on(config: AnyRunConfig, foundation: Family[Any] | None) -> AnyRunConfig:
+    """The config once the model's foundation is known."""
+    if foundation is None:
+        return config
+    return config.model_copy(update={"model": config.model.built_on(foundation.config)})
 
 
 def _continuing(config: AnyRunConfig, saved: ModelConfig | None) -> AnyRunConfig:

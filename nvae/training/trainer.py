@@ -165,14 +165,16 @@ class Trainer:
         non_finite, norm_value = self._judge(metrics["loss"], norm)
         if non_finite:
             self.buffers.put_back()
+            self.model.after_skip()
             state.non_finite += 1
             state.non_finite_in_a_row += 1
         else:
             state.non_finite_in_a_row = 0
             if state.skip_rule.skips(norm_value):
+                self.model.after_skip()
                 state.skipped += 1
             else:
-                self._update(norm)
+                metrics |= self._update(norm)
         state.scaler.update()
         state.step += 1
         state.images_seen += self.images_per_step
@@ -212,14 +214,16 @@ class Trainer:
         self.stopping = asked > 0
         return non_finite > 0, value
 
-    def _update(self, norm: Tensor) -> None:
-        """Clips, updates the weights, then their average."""
+    def _update(self, norm: Tensor) -> Metrics:
+        """Clips, updates the weights and what learns otherwise, then their average. Returns the family's metrics."""
         state, clip = self.state, self.schedule.config.clip_norm
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm, foreach=True)
         state.scaler.step(state.optimiser)
+        metrics = self.model.after_update(self.seed, state.step, state.step / self.total_steps)
         if state.average is not None:
             state.average.update()
+        return metrics
 
     def _without_exchange(self) -> AbstractContextManager[Any]:
         """Within, gradients stay on their rank."""
