@@ -138,6 +138,15 @@ def test_one_that_does_not_compute_a_call_leaves_it_to_the_plain_function(
         assert torch.equal(twice(torch.ones(3)), torch.full((3,), 2.0))
 
 
+def test_the_surroundings_do_not_matter(twice: Operation[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict is on an implementation alone: no autocast of the caller rounds what it is measured by."""
+    seen = []
+    stand_in(monkeypatch, lambda x: seen.append(torch.is_autocast_enabled("cpu")) or x + x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        twice(torch.ones(3))
+    assert seen[:-1] and not any(seen[:-1])
+
+
 def test_judging_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     settle(CPU, [torch.float32])
