@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.activations import Activation
+from ..kernels.batch_norm import Statistics
 from .convolutions import Conv2d
-from .normalisation import BatchNorm, Statistics, recording, replaying
+from .normalisation import BatchNorm, recording, replaying
 from .recomputation import Recomputable
 from .resampling import DownSkip, UpSkip
 from .squeeze_excite import SCALE, SqueezeExcite

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..bricks.likelihoods import MixtureEdge
-from ..checkpoints.loading import Held, Weights, checkpoint_file, load_checkpoint
+from ..checkpoints.loading import Held, Weights, load_checkpoint
 from ..core.distributed import from_rank_zero
 from ..core.errors import UserError
 from ..core.precision import Precision, allow_tf32, autocast, precision_on
@@ -17,9 +17,9 @@ from ..data.config import DataConfig
 from ..data.images import fingerprint as images_fingerprint
 from ..data.sets import open_unread
 from ..data.splits import Split
-from ..evaluation.results import fingerprint
+from ..evaluation.results import circumstances, fingerprint
 from ..models.base import Family
-from ..training.run import AnyRunConfig, load_run, read_run_config, run_config
+from ..training.config import AnyRunConfig, read_run_config, run_config
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,19 @@ class Subject:
 
     model: Family[Any]
     config: AnyRunConfig | None
-    """Of the run; None for a bare checkpoint."""
+    """Of the run; None for a checkpoint of no run that came without a recipe."""
     checkpoint: Path
+    run: Path | None
+    """The run's folder; None for a bare checkpoint."""
     folder: Path
-    """The run's, or one beside a bare checkpoint."""
+    """Where results go."""
     weights: Held
     device: torch.device
     precision: Precision = "fp32"
 
     @property
     def data(self) -> DataConfig:
-        """Raises UserError where a bare checkpoint came without a config."""
+        """Raises UserError where a checkpoint of no run came without a recipe."""
         if self.config is None:
             raise UserError(f"{self.checkpoint}: says nothing of its data; name a recipe with --config configs/….yaml")
         data: DataConfig = self.config.data
@@ -48,6 +50,11 @@ class Subject:
     def fingerprint(self) -> str:
         """Of the weights, as loaded."""
         return fingerprint(self.model)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where figures come from: what an entry of results.json says without their depending on it."""
+        return {"checkpoint": self.checkpoint.name, "path": str(self.data.source), **circumstances(self.device)}
 
     def content(self, split: Split, limit: int | None = None) -> str:
         """Fingerprint of the images of a split, or of the first `limit`, as the first rank finds them."""
@@ -64,39 +71,39 @@ def open_subject(
     *,
     config: Path | None = None,
     data: Path | None = None,
+    out: Path | None = None,
     weights: Weights = "ema",
     mixture_edge: MixtureEdge | None = None,
     device: torch.device,
     precision: Precision = "fp32",
 ) -> Subject:
-    """A run folder, a checkpoint of one, or any other checkpoint (`config`, a recipe, then says what data it is for).
+    """A run folder, a checkpoint of a run, or any other checkpoint.
 
-    `data` takes the place of the config's `data.path`.
+    `config`, a recipe, says what data it is for where the checkpoint does not. `data` takes the place of the config's
+    `data.path`. Results go to `out`, by default the run's folder, or one beside a bare checkpoint.
 
     Raises UserError for what cannot be loaded, for a recipe whose data is not what the model takes, and for a precision
     that the device lacks.
     """
     precision = precision_on(device, precision, "--precision")
     allow_tf32(precision)
-    checkpoint = checkpoint_file(path)
-    run_folder = checkpoint.parent.parent
-    in_a_run = (run_folder / "config.yaml").is_file() and checkpoint.parent.name == "checkpoints"
-    recipe = None
-    if config is not None:
-        recipe = read_run_config(config, [])
-    elif in_a_run:
-        recipe = load_run(run_folder)
-    model, held = load_checkpoint(checkpoint, recipe.model if recipe else None, mixture_edge, weights)
+    recipe: AnyRunConfig | None = None if config is None else read_run_config(config, [])
+    model, held, file, written = load_checkpoint(path, recipe.model if recipe else None, mixture_edge, weights)
     if recipe is not None:
-        plain = {**recipe.model_dump(mode="json"), "model": model.config.model_dump(mode="json")}
+        written = recipe.model_dump(mode="json")
+    if written is not None:
+        written = {**written, "model": model.config.model_dump(mode="json")}
         if data is not None:
-            plain["data"]["path"] = str(data)
-        recipe = run_config(plain, f"{checkpoint} with the data of {config or run_folder / 'config.yaml'}")
+            written["data"] = {**written["data"], "path": str(data)}
+        recipe = run_config(written, f"{file} with the data of {config}" if config else str(file))
+    in_a_run = file.parent.name == "checkpoints" and (file.parent.parent / "config.yaml").is_file()
+    run = file.parent.parent if in_a_run else None
     return Subject(
         model=model.to(device),
         config=recipe,
-        checkpoint=checkpoint,
-        folder=run_folder if in_a_run else checkpoint.with_suffix(""),
+        checkpoint=file,
+        run=run,
+        folder=out or run or file.with_suffix(""),
         weights=held,
         device=device,
         precision=precision,

@@ -3,6 +3,7 @@
 Shapes: N images, C channels (1 or 3), H W pixels.
 """
 
+import hashlib
 import math
 import zipfile
 import zlib
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.errors import UserError
-from .sources import Positions, Source
+from .sources import Positions, Source, digest
 
 DAMAGE = (ValueError, OSError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error)
 """What numpy raises for damaged files."""
@@ -48,6 +49,13 @@ class ArraySource(Source):
     def stacked(self) -> np.ndarray:
         return self.array
 
+    def state(self) -> str:
+        return hashlib.blake2b(np.ascontiguousarray(self.array).data, digest_size=16).hexdigest()
+
+    @property
+    def square(self) -> bool:
+        return bool(self.array.shape[1] == self.array.shape[2])
+
 
 class ArrayFile(Source):
     """A uint8 array in a file: (N, H, W), with C last or second, or `planar`: (N, C·H·W), square. Some of its images.
@@ -61,11 +69,10 @@ class ArrayFile(Source):
         self.path = path
         self.key = key
         self.planar = planar
-        if numbers is None:
-            shape, dtype = _header(path, key)
-            _check(shape, dtype, planar, self._label)
-            numbers = np.arange(shape[0])
-        self.numbers = np.asarray(numbers)
+        shape, dtype = _header(path, key)
+        _check(shape, dtype, planar, self._label)
+        self.sides = _sides(shape, planar)
+        self.numbers = np.arange(shape[0]) if numbers is None else np.asarray(numbers)
 
     @property
     def _label(self) -> str:
@@ -90,6 +97,14 @@ class ArrayFile(Source):
     @property
     def whole(self) -> bool:
         return self.key is not None
+
+    @property
+    def square(self) -> bool:
+        return self.sides[0] == self.sides[1]
+
+    def state(self) -> str:
+        shape, dtype = _header(self.path, self.key)
+        return digest([f"{self.key} {shape} {dtype} {_checksum(self.path, self.key)}", str(self.numbers.tolist())])
 
     @cached_property
     def _array(self) -> np.ndarray:
@@ -154,6 +169,13 @@ class Joined(Source):
     def whole(self) -> bool:
         return any(part.whole for part in self.parts)
 
+    @property
+    def square(self) -> bool:
+        return all(part.square for part in self.parts)
+
+    def state(self) -> str:
+        return digest(part.state() for part in self.parts)
+
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
@@ -182,6 +204,14 @@ def _header(path: Path, key: str | None) -> tuple[tuple[int, ...], np.dtype]:
             return _npy_header(file)
 
 
+def _checksum(path: Path, key: str | None) -> int:
+    """The CRC-32 that an archive keeps of an array; of a .npy the length of the file, which can be large."""
+    if key is None:
+        return path.stat().st_size
+    with _damage_named(path), zipfile.ZipFile(path) as archive:
+        return archive.getinfo(f"{key}.npy").CRC
+
+
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -195,12 +225,23 @@ def _check(shape: tuple[int, ...], dtype: np.dtype, planar: bool, label: str) ->
     if planar:
         fits = len(shape) == 2 and shape[1] == 3 * math.isqrt(shape[1] // 3) ** 2
     else:
-        fits = len(shape) == 3 or (len(shape) == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3)))
+        fits = (len(shape) == 3 and shape[2] not in (1, 3)) or (
+            len(shape) == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3))
+        )
     if not fits or 0 in shape:
+        one = " (this looks like one image: add a first axis)" if len(shape) == 3 and shape[2] in (1, 3) else ""
         raise UserError(
-            f"data.path: {label} has shape {shape}; an array of images is (images, height, width), with 1 or 3 "
+            f"data.path: {label} has shape {shape}{one}; an array of images is (images, height, width), with 1 or 3 "
             "channels last or second"
         )
+
+
+def _sides(shape: tuple[int, ...], planar: bool) -> tuple[int, int]:
+    """Height and width of the images of an array."""
+    if planar:
+        return (math.isqrt(shape[1] // 3),) * 2
+    first = 2 if len(shape) == 4 and shape[3] not in (1, 3) else 1
+    return shape[first], shape[first + 1]
 
 
 def _channels_last(array: np.ndarray, planar: bool) -> np.ndarray:

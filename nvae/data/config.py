@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..core.config import Config
+from ..core.errors import UserError
 
 SetName = Literal[
     "digits",
@@ -46,6 +47,10 @@ USUAL: dict[str, dict[str, Any]] = {
 }
 """What a set's name says of other fields, where they are not given."""
 
+LOADING = frozenset({"padding", "binarize", "flip", "batch", "global_batch", "workers", "memory"})
+"""Fields of DataConfig that say how images are loaded, once they are read: they have their effect on any set. Each of
+the others has one only where the set that is found says so (`Found.uses`)."""
+
 
 class DataConfig(Config):
     name: SetName = "images"
@@ -62,8 +67,9 @@ class DataConfig(Config):
     enlarge: bool = False
     """Accept images smaller than `size` and enlarge them. Enlarged images are easy to model: figures come out better
     than they are."""
-    holdout: float = Field(0.1, gt=0, lt=1)
-    """Fraction of a set without splits of its own that is kept for testing, chosen by a hash of the images' names."""
+    holdout: float = Field(0.1, gt=0, le=1)
+    """Fraction of a set without splits of its own that is kept for testing, chosen by a hash of the images' names; 1
+    keeps them all, and none for training."""
     lists: Path | None = None
     """Folder of train.txt, validation.txt and test.txt that name the images of each split, one a line, relative to
     `path`. None: sub-folders of `path` called train, validation and test count, else such files in `path`."""
@@ -105,5 +111,17 @@ class DataConfig(Config):
 
     @property
     def source(self) -> Path:
-        """`path`, or where a set is by default."""
-        return (self.path or Path("data") / self.name).expanduser()
+        """`path`, or where a set is by default. Raises UserError where its ~ is nobody's."""
+        try:
+            return (self.path or Path("data") / self.name).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"data.path: {self.path}: {error}") from error
+
+    def usual(self) -> "DataConfig":
+        """What a config of the set says if it gives the name alone."""
+        return DataConfig(name=self.name)
+
+    def given(self) -> list[str]:
+        """The fields that say something else than a config of the set's name alone would, the name left out."""
+        usual = self.usual()
+        return [field for field in DataConfig.model_fields if getattr(self, field) != getattr(usual, field)]

@@ -12,16 +12,24 @@ from io import BytesIO
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .depth import UnknownPixelsError, eight_bits
 from .images import CENTRE, BadImagesError, Crop, Images
+from .metadata import turn_of, without_metadata
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+KINDS = "PNG, JPEG, WebP, BMP, TIFF or GIF"
+DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+    MemoryError, struct.error, zlib.error,
+)  # fmt: skip
 """What Pillow raises for damaged files."""
+
+
+STRIP = 16
+"""Images whose longer side is more than this many times the shorter one are never resized as a whole for one square."""
 
 
 class BadImage(Exception):  # noqa: N818 - a verdict on one file of many
@@ -29,47 +37,33 @@ class BadImage(Exception):  # noqa: N818 - a verdict on one file of many
 
 
 def decode(data: bytes) -> Image.Image:
-    """The 8-bit image, grey ("L") or "RGB", of a PNG, JPEG or WebP file, turned upright. Raises BadImage."""
+    """The 8-bit image, grey ("L") or "RGB", of an image file, the first of several in it, turned upright.
+
+    Metadata that can't be read does not matter; raises BadImage for pixels that can't.
+    """
     if not data:
         raise BadImage("empty file")
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            return eight_bits(ImageOps.exif_transpose(image))
+        return _decoded(data)
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise BadImage(f"more than {limit:,} pixels, a decompression bomb?") from error
-    except UnidentifiedImageError as error:
-        raise BadImage("not a PNG, JPEG or WebP image") from error
+    except UnknownPixelsError as error:
+        raise BadImage(str(error)) from error
     except DAMAGE as error:
+        plain = without_metadata(data)
+        if plain is not None and len(plain) < len(data):
+            return decode(plain)
+        if isinstance(error, UnidentifiedImageError):
+            raise BadImage(f"not a {KINDS} image") from error
         raise BadImage(f"damaged or truncated ({error})") from error
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """The image as "L" or "RGB": palettes resolved, transparency blended over white, 16-bit grey rounded to 8."""
-    if image.mode in WITH_ALPHA or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        blended = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return blended.convert("L") if image.mode in ("1", "L", "LA", "La") else blended
-    if image.mode in ("L", "RGB"):
-        return image
-    if image.mode == "1":
-        return image.convert("L")
-    if image.mode == "P":
-        return image.convert("RGB")
-    if image.mode.startswith("I"):
-        return _sixteen_to_eight(image)
-    if image.mode == "CMYK":
-        raise BadImage("CMYK, colours of a printer: convert it to RGB with its colour profile")
-    raise BadImage(f"pixels of the kind {image.mode}; RGB, grey, palette, alpha and 16-bit grey are read")
-
-
-def _sixteen_to_eight(image: Image.Image) -> Image.Image:
-    """Grey values v of 16 bits as round(v / 257): 0 stays 0 and 65535 becomes 255."""
-    grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 65535:
-        raise BadImage(f"grey values from {grey.min()} to {grey.max()}; 8 and 16 bits are read")
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+def _decoded(data: bytes) -> Image.Image:
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        plain = eight_bits(image, data)
+        turn = turn_of(image)
+    return plain if turn is None else plain.transpose(turn)
 
 
 @dataclass(frozen=True)
@@ -82,21 +76,51 @@ class Shaping:
     box: tuple[int, int, int, int] | None = None
     """(left, top, right, bottom) pixels of the image to keep, before anything else."""
 
+    def cut(self, image: Image.Image, crop: Crop = CENTRE) -> Image.Image:
+        """The square that `crop` places in an image of any size, as `square(rectangle(image), crop)` gives it.
+
+        Of a long strip only the square is resized, at a cost that does not grow with its length. Raises BadImage.
+        """
+        image = self._boxed(image)
+        width, height = self._sides(image)
+        if max(width, height) <= STRIP * self.size:
+            return self.square(self._resized(image), crop)
+        left, top = round(crop[1] * (width - self.size)), round(crop[0] * (height - self.size))
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + self.size) * across, (top + self.size) * down)
+        return self._coloured(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box))
+
     def rectangle(self, image: Image.Image) -> Image.Image:
         """The image with its shorter side `size` and the configured channels; raises BadImage if it is too small.
 
         Resized with a bilinear filter that widens as it shrinks (antialiased), as torchvision's Resize does.
         """
-        if self.box is not None:
-            if image.width < self.box[2] or image.height < self.box[3]:
-                raise BadImage(f"{image.width}×{image.height} pixels, but the crop box is {self.box}")
-            image = image.crop(self.box)
+        image = self._boxed(image)
+        width, height = self._sides(image)
+        if width * height > max(Image.MAX_IMAGE_PIXELS or 0, STRIP * self.size**2):
+            raise BadImage(f"{image.width}×{image.height} pixels, which become {width}×{height}: cut the strip first")
+        return self._resized(image)
+
+    def _boxed(self, image: Image.Image) -> Image.Image:
+        """What `box` keeps of an image."""
+        if self.box is None:
+            return image
+        if image.width < self.box[2] or image.height < self.box[3]:
+            raise BadImage(f"{image.width}×{image.height} pixels, but the crop box is {self.box}")
+        return image.crop(self.box)
+
+    def _sides(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height once the shorter side is `size`; raises BadImage where it is smaller."""
         short = min(image.size)
         if short < self.size and not self.enlarge:
             raise BadImage(f"{image.width}×{image.height} pixels, smaller than size {self.size} (see data.enlarge)")
-        if short != self.size:
-            width, height = (self.size * side // short for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return self.size * image.width // short, self.size * image.height // short
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        sides = self._sides(image)
+        return self._coloured(image if image.size == sides else image.resize(sides, Image.Resampling.BILINEAR))
+
+    def _coloured(self, image: Image.Image) -> Image.Image:
         mode = "L" if self.channels == 1 else "RGB"
         return image if image.mode == mode else image.convert(mode)
 

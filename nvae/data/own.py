@@ -1,4 +1,4 @@
-"""Anyone's own images: a folder, a zip, an array or an LMDB, with splits of its own or a hold-out."""
+"""Anyone's own images: a folder, a file, a zip, an array or an LMDB, with splits of its own or a hold-out."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,100 +7,143 @@ from pathlib import Path
 from ..core.errors import UserError
 from .arrays import ArrayFile, array_names
 from .config import DataConfig
-from .sources import FolderSource, LmdbSource, Source, ZipSource, image_files, zipped_images
-from .splits import Split, by_folder, choose, hold_out, list_files, listed, spelt, told_apart
+from .databases import LmdbSource
+from .decoding import KINDS
+from .found import SHAPED, Found, Opener
+from .names import SUFFIXES, Listing, as_spelt_in, is_hidden, is_image_name, may_hold_images, suffix_of, unread_note
+from .sources import FolderSource, Source, ZipSource, files_below, folder_listing, zip_members
+from .splits import Split, by_folder, by_split, hold_out, list_files, listed, spelt, spelt_array, told_apart
 
-KINDS = "a folder of PNG, JPEG or WebP files, a .zip of them, a .npy or .npz array, or an LMDB"
+PLACES = f"a folder of {KINDS} files, such a file, a .zip of them, a .npy or .npz array, or an LMDB"
 
 
-def own_images(path: Path, config: DataConfig, split: Split) -> Source:
-    """The images of a split at a path. Raises UserError saying what was found there and what is read.
+def own_images(path: Path, config: DataConfig) -> Found:
+    """The images at a path. Raises UserError saying what was found there and what is read.
 
     Splits are those of `data.lists`; else sub-folders, files or arrays named train, validation and test; else list
     files beside the images; else a hold-out.
     """
     if not path.exists():
-        raise UserError(f"data.path: {path} does not exist; it may be {KINDS}")
+        raise UserError(f"data.path: {path} does not exist; it may be {PLACES}")
     if config.lists is not None:
-        lists = list_files(config.lists)
+        lists = list_files(config.lists.expanduser())
         if not lists:
             raise UserError(f"data.lists: {config.lists} has no train.txt, validation.txt or test.txt")
-        return _named(path, listed(lists, split))
-    parts = _entries_by_split(path) if path.is_dir() else _members_by_split(path)
+        return Found(path, _listed(path, lists), SHAPED | {"lists"}, "images whose splits are listed")
+    parts, beside = _entries_by_split(path) if path.is_dir() else _members_by_split(path)
     if parts:
-        return choose(parts, split, path)()
+        return Found(path, parts, SHAPED, "images with splits of their own", unread=tuple(beside))
     lists = list_files(path)
     if lists:
-        return _named(path, listed(lists, split))
-    return hold_out(_all_of(path), config.holdout, split)
+        return Found(path, _listed(path, lists), SHAPED, "images with lists of their splits beside them")
+    splits: tuple[Split, ...] = ("test",) if config.holdout == 1 else ("train", "test")
+    held_out: dict[Split, Opener] = {split: partial(_held_out, path, config.holdout, split) for split in splits}
+    return Found(path, held_out, SHAPED | {"holdout"}, "images without splits of their own")
 
 
-Opener = Callable[[], Source]
+def _held_out(path: Path, fraction: float, split: Split) -> Source:
+    return hold_out(_all_of(path), fraction, split)
 
 
-def _entries_by_split(path: Path) -> Mapping[Split, Opener]:
-    """Splits that are entries of a folder: train/, validation.lmdb, test.zip, …"""
-    entries = [e for e in sorted(path.iterdir()) if not e.name.startswith(".") and (e.is_dir() or e.suffix in READERS)]
-    splits = [spelt(entry.stem) for entry in entries]
-    found = {
-        split: partial(_all_of, entry, within=path)
-        for split, entry in zip(splits, entries, strict=True)
-        if split is not None
-    }
-    return told_apart(found, others=None in splits)
+# --------------------------------------------------------------------------------------------------- splits of its own
 
 
-def _members_by_split(path: Path) -> Mapping[Split, Opener]:
-    """Splits inside one file: folders in a zip, arrays in an .npz."""
-    if path.suffix == ".zip":
-        folders = by_folder(zipped_images(path))
-        return {split: partial(ZipSource, path, names) for split, names in folders.items()}
-    if path.suffix == ".npz":
-        named = ((spelt(key), key) for key in array_names(path))
-        return {split: partial(ArrayFile, path, key) for split, key in named if split is not None}
-    return {}
+def _entries_by_split(path: Path) -> tuple[Mapping[Split, Opener], list[str]]:
+    """Splits that are entries of a folder: train/, validation.lmdb, test.zip, …; and what lies beside them unread."""
+    entries = [entry for entry in sorted(path.iterdir()) if not is_hidden(entry.name)]
+    readable = [entry for entry in entries if entry.is_dir() or suffix_of(entry.name) in READERS]
+    splits = {entry: spelt(entry.stem) for entry in readable}
+    if not told_apart(dict.fromkeys(split for split in splits.values() if split), others=None in splits.values()):
+        return {}, []
+    parts = by_split((entry.name, split, entry) for entry, split in splits.items())
+    unread = []
+    for entry in entries:
+        if entry.is_dir() and not splits[entry]:
+            unread += [f"{entry.name}/{name}" for name in files_below(entry) if is_image_name(name)]
+        elif entry.is_file() and not splits.get(entry) and (is_image_name(entry.name) or may_hold_images(entry.name)):
+            unread.append(entry.name)
+    return {split: partial(_all_of, entry, within=path) for split, entry in parts.items()}, unread
 
 
-def _named(path: Path, names: list[str]) -> Source:
+def _members_by_split(path: Path) -> tuple[Mapping[Split, Opener], list[str]]:
+    """Splits inside one file, folders in a zip, arrays in an .npz; and the members beside them that are not read."""
+    if suffix_of(path.name) == ".zip":
+        listing = Listing.of(zip_members(path))
+        folders = by_folder(listing.images)
+        unread = sorted({*listing.unread, *listing.images}.difference(*folders.values())) if folders else []
+        return {split: partial(ZipSource, path, names) for split, names in folders.items()}, unread
+    if suffix_of(path.name) == ".npz":
+        arrays = by_split((key, spelt_array(key), key) for key in array_names(path))
+        return {split: partial(ArrayFile, path, key) for split, key in arrays.items()}, []
+    return {}, []
+
+
+def _listed(path: Path, lists: Mapping[Split, Path]) -> dict[Split, Opener]:
+    """The images that list files name."""
+    return {split: partial(_named, path, lists, split) for split in lists}
+
+
+def _named(path: Path, lists: Mapping[Split, Path], split: Split) -> Source:
+    """The images that a list names, as the folder or zip spells them."""
+    names = listed(lists, split)
     if path.is_dir():
-        return FolderSource(path, names)
-    if path.suffix == ".zip":
-        return ZipSource(path, names)
+        is_exact = all((path / name).is_file() for name in names)
+        return FolderSource(path, names if is_exact else as_spelt_in(names, files_below(path)))
+    if suffix_of(path.name) == ".zip":
+        return ZipSource(path, as_spelt_in(names, zip_members(path)))
     raise UserError(f"data.lists: names of images mean something in a folder or a zip, and {path} is neither")
+
+
+# ----------------------------------------------------------------------------------------------------- all of a place
 
 
 def _all_of(path: Path, within: Path | None = None) -> Source:
     """All images at a path; those of a folder are called by their place `within` another."""
     if path.is_dir() and not (path / "data.mdb").exists():
         prefix = "" if within is None else f"{path.relative_to(within).as_posix()}/"
-        return _some(FolderSource(within or path, [prefix + name for name in image_files(path)]), path)
+        listing = folder_listing(path)
+        return _some(
+            FolderSource(
+                within or path, [prefix + name for name in listing.images], [prefix + name for name in listing.unread]
+            ),
+            path,
+        )
     if path.is_dir():
         return LmdbSource.open(path)
-    if path.suffix not in READERS:
-        raise UserError(f"data.path: {path} is not {KINDS}")
-    return READERS[path.suffix](path)
+    if is_image_name(path.name):
+        return FolderSource(path.parent, [path.name])
+    if suffix_of(path.name) not in READERS:
+        raise UserError(f"data.path: {path} is not {PLACES}")
+    return READERS[suffix_of(path.name)](path)
 
 
 def _some(source: Source, path: Path) -> Source:
     if not len(source):
-        raise UserError(f"data.path: {path} has no images; looked for .png, .jpg, .jpeg and .webp files at any depth")
+        unread = unread_note(source.unread) or f"looked for {', '.join(SUFFIXES)} files at any depth"
+        raise UserError(f"data.path: {path} has no images; {unread}")
     return source
 
 
 def _zip(path: Path) -> Source:
-    return _some(ZipSource(path, zipped_images(path)), path)
+    listing = Listing.of(zip_members(path))
+    return _some(ZipSource(path, listing.images, listing.unread), path)
 
 
 def _npz(path: Path) -> Source:
     keys = array_names(path)
-    usual = [key for key in keys if key in ("images", "data", "arr_0")]
-    chosen = usual or keys
+    usual = [key for key in keys if key in ("images", "data", "arr_0", "x")]
+    chosen = usual or [key for key in keys if not is_label_name(key)]
     if len(chosen) != 1:
         raise UserError(
             f"data.path: {path} holds the arrays {', '.join(keys) or '(none)'}; call the images 'images', or 'train' "
             "and 'test'"
         )
     return ArrayFile(path, chosen[0])
+
+
+def is_label_name(name: str) -> bool:
+    """True for arrays of an .npz that name classes: labels, y, y_train, train_labels, …"""
+    return any(word in ("y", "label", "labels", "target", "targets") for word in name.lower().split("_"))
 
 
 READERS: dict[str, Callable[[Path], Source]] = {
@@ -110,3 +153,8 @@ READERS: dict[str, Callable[[Path], Source]] = {
     ".lmdb": LmdbSource.open,
     ".mdb": LmdbSource.open,
 }
+
+
+def is_file_of_images(path: Path) -> bool:
+    """True for one file that holds images, or is one: those of anyone, whatever set they are said to be."""
+    return path.is_file() and (suffix_of(path.name) in READERS or is_image_name(path.name))

@@ -4,9 +4,10 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +17,12 @@ from ..core.config import apply_overrides, read_yaml, validate
 from ..core.errors import UserError
 from .config import DataConfig
 from .decoding import BadImage, Shaping
-from .named import SETS
+from .depth import DoubtfulPixels
+from .found import Found
+from .named import SETS, find
+from .names import printable, unread_note
 from .processes import in_processes
-from .sets import open_sources, shaping
+from .sets import open_sources, readable, shaping
 from .sources import Source
 from .splits import Split
 from .store import (
@@ -46,8 +50,16 @@ RAW_UP_TO = 64
 OURS = re.compile(r"\.?(train|validation|test)-\d{5}\.safetensors(\..*)?|\.?store\.json(\..*)?")
 """Names of files that a preparation makes, finished or not."""
 
-Skipped = tuple[str, str]
-"""Name of an image that was left out, and the reason."""
+Remark = tuple[str, str]
+"""Name of an image, and what is to be said of it."""
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """Images that were left out, and images that were taken and may not be what was meant."""
+
+    skipped: list[Remark]
+    doubtful: list[Remark]
 
 
 @dataclass(frozen=True)
@@ -77,14 +89,23 @@ def read_config(source: str, overrides: list[str], file: Path | None = None) -> 
         raise UserError(f"{file}: data is a section, found {section!r}")
     fields: dict[str, Any] = dict(section)
     path = Path(source)
-    if is_store(path):
-        settings = read_index(path).settings
-        fields |= {name: getattr(settings, name) for name in ("name", "size", "channels", "crop")}
-    if source in SETS and not path.exists():
-        fields["name"] = source
-    else:
-        fields["path"] = source
-    return validate(DataConfig, apply_overrides(fields, overrides), "data")
+    with readable(path):
+        if is_store(path):
+            settings = read_index(path).settings
+            fields |= {name: getattr(settings, name) for name in ("name", "size", "channels", "crop")}
+        is_name = source in SETS and not path.exists()
+    said = "name" if is_name else "path"
+    if any(override.partition("=")[0] == said for override in overrides):
+        raise UserError(f"{said}: is {source} already, the first word of the command; leave it out")
+    return validate(DataConfig, apply_overrides({**fields, said: source}, overrides), "data")
+
+
+def require_used_in(doing: str, overrides: list[str], used: Collection[str]) -> None:
+    """Raises UserError naming a field that was given on the command line and has no effect on what is done."""
+    for override in overrides:
+        field = override.partition("=")[0]
+        if field in DataConfig.model_fields and field not in used:
+            raise UserError(f"{field}: has no effect on {doing}; leave it out (found {override})")
 
 
 def prepare(
@@ -92,24 +113,33 @@ def prepare(
 ) -> Index:
     """Prepares every split of the configured set into the folder `out`, and returns the store's index.
 
-    A store that is finished and was made with the same settings is left as it is; an unfinished one is continued.
-    Raises UserError: nothing to read, settings that differ, a foreign folder, a full disk, a bad image where `fatal`.
+    A store that is finished and was made with the same settings of the same images is left as it is; an unfinished one
+    is continued. Raises UserError: nothing to read, settings or images that differ, a field without effect, a foreign
+    folder, a full disk, a bad image where `fatal`.
     """
-    if is_store(config.source):
-        raise UserError(f"{config.source}: is a prepared store already")
-    settings = _settings(config)
-    if (out / INDEX).exists():
-        return _same_settings(out, settings)
+    with readable(config.source):
+        if is_store(config.source):
+            raise UserError(f"{config.source}: is a prepared store already")
+        if (out / INDEX).exists():
+            return _same(out, config)
+        found = find(config)
+        sources = open_sources(config)
     _claim(out)
-    sources = open_sources(config)
+    settings = _settings(config, found)
     jobs = [job for split, source in sources.items() for job in _jobs(out, split, source, config, settings, fatal)]
-    index = Index(settings=settings, levels=sources["train"].levels, splits=_write_all(jobs, processes, progress))
-    for split, contents in index.splits.items():
-        if not contents.images:
-            name, reason = contents.skipped[0]
+    contents = _write_all(jobs, processes, progress)
+    for split, part in contents.items():
+        if not part.images:
+            name, reason = part.skipped[0]
             raise UserError(f"data.path: no {split} image can be used, the first of them, {name}: {reason}")
-    _tidy(out, index)
+    index = Index(
+        settings=settings,
+        levels=next(iter(sources.values())).levels,
+        splits={split: part.model_copy(update={"state": sources[split].state()}) for split, part in contents.items()},
+        unread=unread_note([*found.unread, *dict.fromkeys(n for source in sources.values() for n in source.unread)]),
+    )
     with _told(out / INDEX):
+        _tidy(out, index)
         write_index(out, index)
     return index
 
@@ -130,28 +160,45 @@ def verify(store: Path, *, processes: int | None = None, progress: bool = True) 
 # ----------------------------------------------------------------------------------------------------------- planning
 
 
-def _settings(config: DataConfig) -> Settings:
+def _settings(config: DataConfig, found: Found) -> Settings:
     return Settings(
         name=config.name,
         size=config.size,
         channels=config.channels,
         crop=config.crop,
         enlarge=config.enlarge,
-        holdout=config.holdout,
+        holdout=config.holdout if "holdout" in found.uses else None,
         lists=None if config.lists is None else str(config.lists),
-        source=str(config.source.resolve()),
+        source=str(config.source.resolve()) if "path" in found.uses else None,
         encoding="raw" if config.size <= RAW_UP_TO else "webp",
+        is_named=found.is_named,
     )
 
 
-def _same_settings(out: Path, settings: Settings) -> Index:
-    """The index of a finished store; raises UserError where it was made with other settings."""
-    index = read_index(out)
-    for field in Settings.model_fields:
-        held, asked = getattr(index.settings, field), getattr(settings, field)
-        if held != asked:
+def _same(out: Path, config: DataConfig) -> Index:
+    """The index of a finished store; raises UserError where it was made with other settings, or of other images."""
+    index, asked = read_index(out), {**config.model_dump(mode="json"), "source": str(config.source.resolve())}
+    for field in ("name", "size", "channels", "crop", "enlarge", "holdout", "lists", "source"):
+        held = getattr(index.settings, field)
+        if held != asked[field] and not (held is None and field not in config.given()):
             raise UserError(
-                f"{out}: holds a store with {field} {held}, asked is {asked}; remove it or choose another folder"
+                f"{out}: holds a store with {field} {held}, asked is {asked[field]}; remove it or choose another folder"
+            )
+    if not config.source.exists():  # what it was made of need not be there any more
+        return index
+    found, sources = find(config, fetch=False), open_sources(config, fetch=False)
+    if len(sources) != len(index.splits):
+        raise UserError(
+            f"{out}: holds {', '.join(index.splits)}, but {config.source} has {', '.join(sources)} now; remove it, or "
+            "choose another folder"
+        )
+    for split, part in index.splits.items():
+        source, made_of = found.of(split), part.images + len(part.skipped)
+        if len(source) != made_of or part.state not in ("", source.state()):
+            now = f"{len(source)} now" if len(source) != made_of else "others now"
+            raise UserError(
+                f"{out}: was prepared from other images: {made_of} for {split}, {now}; remove it, or choose another "
+                "folder"
             )
     return index
 
@@ -162,13 +209,14 @@ def _claim(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         entries = list(out.iterdir())
     except OSError as error:
-        raise UserError(f"{out}: can't be used as a folder: {error.strerror}") from error
+        raise UserError(f"{out}: can't be used as a folder: {error.strerror or error}") from error
     foreign = [entry.name for entry in entries if not OURS.fullmatch(entry.name)]
     if foreign:
         raise UserError(f"{out}: holds other things, as '{min(foreign)}'; choose a new or an empty folder")
-    for entry in entries:
-        if entry.name.startswith("."):
-            entry.unlink()
+    with _told(out):
+        for entry in entries:
+            if entry.name.startswith("."):
+                entry.unlink()
 
 
 def _jobs(
@@ -178,7 +226,7 @@ def _jobs(
     count = max(1, SHARD_BYTES // (config.channels * config.size**2))
     for number, first in enumerate(range(0, len(source), count)):
         part = source.take(range(first, min(first + count, len(source))))
-        made_of = pickle.dumps((part, shape, square, settings.encoding))
+        made_of = pickle.dumps((part, part.state(), shape, square, settings.encoding))
         key = hashlib.blake2b(made_of, digest_size=16).hexdigest()
         path = out / f"{split}-{number:05d}.safetensors"
         yield Job(split, path, part, shape, square, settings.encoding, key, fatal)
@@ -197,7 +245,7 @@ def _tidy(out: Path, index: Index) -> None:
 
 def _write_all(jobs: list[Job], processes: int | None, progress: bool) -> dict[Split, Contents]:
     """Writes all shards; what each split then holds."""
-    written: dict[int, tuple[Shard, list[Skipped]]] = {}
+    written: dict[int, tuple[Shard, Remarks]] = {}
     total = sum(len(job.source) for job in jobs)
     with tqdm(total=total, desc="preparing", unit="image", disable=not progress) as bar:
         for place, result in in_processes(_write, jobs, processes):
@@ -206,24 +254,28 @@ def _write_all(jobs: list[Job], processes: int | None, progress: bool) -> dict[S
     contents = {}
     for split in dict.fromkeys(job.split for job in jobs):
         of_split = [written[place] for place, job in enumerate(jobs) if job.split == split]
-        shards = tuple(shard for shard, _ in of_split)
-        contents[split] = Contents(shards=shards, skipped=tuple(entry for _, bad in of_split for entry in bad))
+        contents[split] = Contents(
+            shards=tuple(shard for shard, _ in of_split),
+            skipped=tuple(entry for _, remarks in of_split for entry in remarks.skipped),
+            doubtful=tuple(entry for _, remarks in of_split for entry in remarks.doubtful),
+        )
     return contents
 
 
-def _write(job: Job) -> tuple[Shard, list[Skipped]]:
-    """Writes a shard, or finds it written; returns it, and the images left out."""
+def _write(job: Job) -> tuple[Shard, Remarks]:
+    """Writes a shard, or finds it written; returns it, and what is to be said of its images."""
     done = _written(job)
     if done is None:
-        records, skipped = _records(job)
-        metadata = {"made": json.dumps({"key": job.key, "skipped": skipped})}  # one entry: their order is random
+        records, remarks = _records(job)
+        metadata = {"made": json.dumps({"key": job.key, **asdict(remarks)})}  # one entry: their order is random
         with _told(job.path):
             write_shard(job.path, records, metadata)
         done = ShardFile(job.path)
-    skipped = [(name, reason) for name, reason in _made(done)["skipped"]]
-    if skipped and job.fatal:
-        raise UserError(f"data.path: {skipped[0][0]}: {skipped[0][1]}")
-    return Shard(file=job.path.name, images=len(done), checksum=checksum(job.path)), skipped
+    made = _made(done)
+    remarks = Remarks(*([(name, reason) for name, reason in made.get(kind, [])] for kind in ("skipped", "doubtful")))
+    if remarks.skipped and job.fatal:
+        raise UserError(f"data.path: {remarks.skipped[0][0]}: {remarks.skipped[0][1]}")
+    return Shard(file=job.path.name, images=len(done), checksum=checksum(job.path)), remarks
 
 
 def _written(job: Job) -> ShardFile | None:
@@ -242,16 +294,22 @@ def _made(shard: ShardFile) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(shard.metadata.get("made", "{}")))
 
 
-def _records(job: Job) -> tuple[list[Record], list[Skipped]]:
-    records, skipped = [], []
+def _records(job: Job) -> tuple[list[Record], Remarks]:
+    records, remarks = [], Remarks([], [])
     for i in range(len(job.source)):
-        try:
-            image = job.shaping.rectangle(job.source.load(i))
-        except BadImage as error:
-            skipped.append((job.source.name(i), str(error)))
-            continue
-        records.append(encode(job.shaping.square(image) if job.square else image, job.encoding))
-    return records, skipped
+        name = printable(job.source.name(i))
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", DoubtfulPixels)
+            try:
+                image = job.source.load(i)
+                image = job.shaping.cut(image) if job.square else job.shaping.rectangle(image)
+            except BadImage as error:
+                remarks.skipped.append((name, str(error)))
+                continue
+        remarks.doubtful.extend((name, str(doubt.message)) for doubt in doubts)
+        records.append(encode(image, job.encoding))
+    return records, remarks
 
 
 @contextmanager
@@ -261,7 +319,7 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: can't be written: {error.strerror}; finished files are kept, run again to continue"
+            f"{path}: can't be written: {error.strerror or error}; finished files are kept, run again to continue"
         ) from error
 
 

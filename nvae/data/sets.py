@@ -1,7 +1,8 @@
 """From a config to images: the set by its name, prepared or as it was downloaded, in memory or not."""
 
-import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,36 +12,40 @@ from ..core import distributed
 from ..core.errors import UserError
 from .config import DataConfig
 from .decoding import Shaping
+from .found import Found, require_effect, without_idle_fields
 from .images import Images, InMemory, read_all
-from .named import CELEBA_BOX, COUNTS, SETS
-from .own import READERS, own_images
+from .named import CELEBA_BOX, counts_of, find
+from .names import unread_note
 from .sources import Shaped, Source
-from .splits import SPLITS, Split
+from .splits import Split
 from .store import Store, is_store, read_index
+
+DARK = 15
+"""Images of 8 bits whose values never exceed this come out black."""
 
 
 def open_images(config: DataConfig, split: Split) -> Images:
     """A split of the configured set: in memory where it fits `config.memory`, else read image by image.
 
     Every set has training images and others. A set with one other split shows it as `validation` and as `test`.
-    Raises UserError naming the path and what to do.
+    Raises UserError naming the path and what to do, or a field that was given and has no effect.
     """
     images = open_unread(config, split)
-    _count(config, split, len(images))
+    _warn_of_a_part(config, split, len(images))
     if images.movable or images.size_mib > config.memory:
         return images
-    return _as_it_lies(images) or read_all(images, progress=distributed.rank() == 0)
+    resident = _as_it_lies(images) or read_all(images, progress=distributed.rank() == 0)
+    if resident.levels == 255 and int(resident.pixels.max()) <= DARK:
+        _warn(f"{config.source}: no {split} image has a value above {DARK} of 255: all of them are nearly black")
+    return resident
 
 
 def open_unread(config: DataConfig, split: Split) -> Images:
     """A split of the configured set, its images read when they are asked for. Raises UserError."""
-    try:
+    with readable(config.source):
         if is_store(config.source):
             return Store(config.source, split, config)
         source = open_source(config, split)
-    except OSError as error:
-        path = error.filename or config.source
-        raise UserError(f"data.path: {path} cannot be read: {error.strerror or error}") from error
     images = Shaped(source, shaping(config), movable=config.crop == "random" and split == "train")
     if source.whole and (images.movable or images.size_mib > config.memory):
         raise UserError(
@@ -50,24 +55,71 @@ def open_unread(config: DataConfig, split: Split) -> Images:
     return images
 
 
-def open_sources(config: DataConfig) -> dict[Split, Source]:
-    """The splits that the configured set has itself: not `validation` where that is the test split standing in."""
-    sources = {split: open_source(config, split) for split in SPLITS}
-    if pickle.dumps(sources["validation"]) == pickle.dumps(sources["test"]):
-        del sources["validation"]
+def open_source(config: DataConfig, split: Split) -> Source:
+    """The images of a split as they lie, unshaped; says what lies beside them and is not read."""
+    found = find(config)
+    source = found.of(split)
+    require_used(config, found, source)
+    note = unread_note([*found.unread, *source.unread])
+    if note:
+        _warn(f"{found.path}: {note}")
+    return source
+
+
+def open_sources(config: DataConfig, *, fetch: bool = True) -> dict[Split, Source]:
+    """The splits that the configured set has itself."""
+    found = find(config, fetch=fetch)
+    sources = {split: found.of(split) for split in found.splits}
+    for source in sources.values():
+        require_used(config, found, source)
     return sources
+
+
+def require_used(config: DataConfig, found: Found, source: Source) -> None:
+    """Raises UserError naming a field that was given and has no effect on what was found."""
+    require_effect(config, found.uses, found.layout)
+    if "crop" in config.given() and config.crop == "random" and source.square:
+        raise UserError(f"data.crop: random has no effect on {found.path}, whose images are square")
 
 
 def own_splits(config: DataConfig) -> list[Split]:
     """The names of the splits that the configured set, or the store that it is, has itself."""
-    return list(read_index(config.source).splits if is_store(config.source) else open_sources(config))
+    with readable(config.source):
+        return list(read_index(config.source).splits if is_store(config.source) else find(config).splits)
 
 
-def open_source(config: DataConfig, split: Split) -> Source:
-    """The images of a split as they lie, unshaped."""
-    path = config.source
-    is_own = path.is_file() and path.suffix in READERS
-    return (own_images if is_own else SETS[config.name])(path, config, split)
+def in_effect(config: DataConfig) -> DataConfig:
+    """The config without fields that have no effect on the set as it lies; as it is, where there is no set."""
+    try:
+        with readable(config.source):
+            return config if is_store(config.source) else without_idle_fields(config, find(config, fetch=False).uses)
+    except UserError:
+        return config
+
+
+def known_as(config: DataConfig, split: Split) -> str:
+    """What figures of a split are called: by the set's name where its images are the set's, else `images`.
+
+    They are, where all of the split was read as the set is given out, or as a store prepared from that.
+    """
+    with readable(config.source):
+        if is_store(config.source):
+            index = read_index(config.source)
+            name = index.settings.name if index.settings.is_named is not False else "images"
+            count = len(Store(config.source, split, config))
+        else:
+            found = find(config, fetch=False)
+            name, count = config.name if found.is_named else "images", len(found.of(split))
+    return name if count in (counts_of(name, split) or (count,)) else "images"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says in one line that a set can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"data.path: {error.filename or path} cannot be read: {error.strerror or error}") from error
 
 
 def shaping(config: DataConfig) -> Shaping:
@@ -87,13 +139,16 @@ def _as_it_lies(images: Images) -> InMemory | None:
     return InMemory(torch.from_numpy(np.array(planes, order="C")), images.levels)
 
 
-def _count(config: DataConfig, split: Split, found: int) -> None:
+def _warn_of_a_part(config: DataConfig, split: Split, found: int) -> None:
     """Warns where a named set is not all there: figures on a part are not figures on the set."""
-    counts = COUNTS.get(config.name, {})
-    expected = counts.get(split) or counts.get("test" if split == "validation" else split)
-    if expected and found not in expected and distributed.rank() == 0:
-        warnings.warn(
-            f"{config.name}: {Path(config.source)} has {found} {split} images, the set has {expected[0]}; figures on "
-            "a part of it are not comparable",
-            stacklevel=3,
+    expected = counts_of(config.name, split)
+    if expected and found not in expected:
+        _warn(
+            f"{config.name}: {config.source} has {found} {split} images, the set has {expected[0]}; figures on "
+            "a part of it are not comparable"
         )
+
+
+def _warn(text: str) -> None:
+    if distributed.rank() == 0:
+        warnings.warn(text, stacklevel=4)

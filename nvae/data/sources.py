@@ -1,25 +1,26 @@
-"""Where images lie before they are shaped: files of a folder, members of a zip, entries of an LMDB.
+"""Where images lie before they are shaped: files of a folder, members of a zip.
 
-Sources are picklable and cheap to send: what they open, they open where they are used. Arrays are in arrays.py.
+Sources are picklable and cheap to send: what they open, they open where they are used. Arrays are in arrays.py, LMDBs
+in databases.py.
 """
 
-import math
+import hashlib
 import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cache, cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import lmdb
 import numpy as np
 from PIL import Image
 
 from ..core.errors import UserError
-from .decoding import SUFFIXES, BadImage, Decoded, Shaping, decode
+from .decoding import BadImage, Decoded, Shaping, decode
 from .images import Crop
+from .names import MAGIC, Listing, is_hidden, name_bytes, printable, suffix_of, with_slashes
 
 Positions = Sequence[int] | np.ndarray
 
@@ -29,6 +30,8 @@ class Source(ABC):
 
     levels: int = 255
     """A pixel's grey value in [0, 1] is its uint8 value over `levels`."""
+    unread: Sequence[str] = ()
+    """Names of files beside the images that may hold some, and are not read."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -46,6 +49,15 @@ class Source(ABC):
     def take(self, positions: Positions) -> Self:
         """A source of the images at `positions` (ascending) alone."""
 
+    @abstractmethod
+    def state(self) -> str:
+        """Tells these images from others without decoding any: a digest of their names, lengths, checksums."""
+
+    @property
+    def square(self) -> bool:
+        """True where all images are known to be square: no crop can show another part of them."""
+        return False
+
     def stacked(self) -> np.ndarray | None:
         """All images as one uint8 array, (N, H, W) or (N, H, W, 3), where they lie so; else None."""
         return None
@@ -59,12 +71,21 @@ class Source(ABC):
         """Forgets what was read; it is read again when needed."""
 
 
+def digest(lines: Iterable[str]) -> str:
+    """Thirty-two digits that tell lines of text from others."""
+    state = hashlib.blake2b(digest_size=16)
+    for line in lines:
+        state.update(name_bytes(line) + b"\n")
+    return state.hexdigest()
+
+
 class FolderSource(Source):
     """Image files under a folder."""
 
-    def __init__(self, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, root: Path, names: Sequence[str], unread: Sequence[str] = ()) -> None:
         self.root = root
         self.names = list(names)
+        self.unread = unread
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,20 +96,29 @@ class FolderSource(Source):
     def load(self, index: int) -> Image.Image:
         try:
             data = (self.root / self.names[index]).read_bytes()
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
         return decode(data)
 
     def take(self, positions: Positions) -> Self:
-        return type(self)(self.root, [self.names[i] for i in positions])
+        return type(self)(self.root, [self.names[i] for i in positions], self.unread)
+
+    def state(self) -> str:
+        return digest(f"{name} {_length(self.root / name)}" for name in self.names)
 
 
-def image_files(root: Path) -> list[str]:
-    """Names, relative to `root` and sorted, of the image files under it at any depth; hidden ones do not count.
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """Names, relative to `root`, of all files under it at any depth, each folder once; hidden ones do not count.
 
     Raises OSError at a folder that can't be read: leaving it out would go unnoticed.
     """
-    names: list[str] = []
     seen = set()
 
     def fail(error: OSError) -> None:
@@ -100,23 +130,37 @@ def image_files(root: Path) -> list[str]:
             below.clear()
             continue
         seen.add(here)
+        below.sort()  # which of two ways is taken to a folder must not depend on the file system
+        below[:] = [name for name in below if not is_hidden(name)]
         within = Path(folder).relative_to(root).as_posix()
-        names += files if within == "." else [f"{within}/{file}" for file in files]
-    return sorted(filter(is_image_name, names))
+        yield from files if within == "." else (f"{within}/{file}" for file in files)
 
 
-def is_image_name(name: str) -> bool:
-    """True for the name of a PNG, JPEG or WebP file outside hidden folders and __MACOSX."""
-    parts = name.split("/")
-    return name.lower().endswith(SUFFIXES) and not any(p.startswith(".") or p == "__MACOSX" for p in parts)
+def folder_listing(root: Path) -> Listing:
+    """The image files under a folder, and those that may be and are not read: by suffix, or without one by content."""
+    names = list(files_below(root))
+    listing = Listing.of(names)
+    nameless = [
+        name for name in names if not suffix_of(name) and not is_hidden(name) and _begins_like_an_image(root / name)
+    ]
+    return Listing(listing.images, sorted([*listing.unread, *nameless]))
+
+
+def _begins_like_an_image(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(max(map(len, MAGIC))).startswith(MAGIC)
+    except (OSError, ValueError):
+        return False
 
 
 class ZipSource(Source):
-    """Image files in a zip."""
+    """Image files in a zip, whose names are spelt with "/"; of two members of one name the later counts."""
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, names: Sequence[str], unread: Sequence[str] = ()) -> None:
         self.path = path
         self.names = list(names)
+        self.unread = unread
 
     def __len__(self) -> int:
         return len(self.names)
@@ -126,7 +170,8 @@ class ZipSource(Source):
 
     def load(self, index: int) -> Image.Image:
         try:
-            data = self._file.read(self.names[index])
+            file, members = self._opened
+            data = file.read(members[self.names[index]])
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
             raise BadImage(f"cannot be read from {self.path.name}: {error}") from error
         except KeyError as error:
@@ -134,98 +179,32 @@ class ZipSource(Source):
         return decode(data)
 
     def take(self, positions: Positions) -> Self:
-        return type(self)(self.path, [self.names[i] for i in positions])
+        return type(self)(self.path, [self.names[i] for i in positions], self.unread)
+
+    def state(self) -> str:
+        _, members = self._opened
+        found = (members.get(name) for name in self.names)
+        return digest(
+            f"{name} {member.file_size} {member.CRC}" if member else f"{name} -1"
+            for name, member in zip(self.names, found, strict=True)
+        )
 
     @cached_property
-    def _file(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.path)
+    def _opened(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+        file = zipfile.ZipFile(self.path)
+        return file, {with_slashes(member.filename): member for member in file.infolist() if not member.is_dir()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "names": self.names}
+        return {"path": self.path, "names": self.names, "unread": self.unread}
 
 
-def zipped_images(path: Path) -> list[str]:
-    """Names of the image files in a zip, sorted. Raises UserError when it is none, or damaged."""
+def zip_members(path: Path) -> list[str]:
+    """Names of all files in a zip, with "/" and each once. Raises UserError when it is none, or damaged."""
     try:
         with zipfile.ZipFile(path) as file:
-            return sorted(filter(is_image_name, file.namelist()))
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+            return list({with_slashes(member.filename): None for member in file.infolist() if not member.is_dir()})
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
         raise UserError(f"data.path: {path} is damaged, or not a zip: {error}") from error
-
-
-class LmdbSource(Source):
-    """Entries of an LMDB: image files (LSUN; CelebA 64 of the published code), or raw RGB squares (its other sets).
-
-    The published code's keys are the decimal positions as ASCII, and the length is the number of entries (spec §8);
-    any other keys are taken in their own order.
-    """
-
-    def __init__(self, path: Path, keys: Sequence[bytes], side: int | None) -> None:
-        self.path = path
-        self.keys = keys
-        self.side = side
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """All entries of an LMDB. Raises UserError when it is none, or empty."""
-        path = path.resolve()
-        try:
-            with _environment(path).begin() as transaction:
-                count = transaction.stat()["entries"]
-                keys: Sequence[bytes] = [b"%d" % i for i in range(count)]
-                if count and transaction.get(b"0") is None:
-                    keys = list(transaction.cursor().iternext(values=False))
-                sample = [transaction.get(keys[i * (count - 1) // 15]) for i in range(16)] if count else []
-        except lmdb.Error as error:
-            raise UserError(f"data.path: {path} is damaged: {error}") from error
-        if not count:
-            raise UserError(f"data.path: {path} is an LMDB without entries")
-        return cls(path, keys, _raw_side([value for value in sample if value is not None]))
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def name(self, index: int) -> str:
-        return f"{self.path.name}/{self.keys[index].decode(errors='replace')}"
-
-    def load(self, index: int) -> Image.Image:
-        try:
-            with _environment(self.path).begin() as transaction:
-                data = transaction.get(self.keys[index])
-        except lmdb.Error as error:
-            raise BadImage(f"cannot be read: {error}") from error
-        if data is None:
-            raise BadImage("no such key in the LMDB")
-        if self.side is None:
-            return decode(data)
-        if len(data) != 3 * self.side**2:
-            raise BadImage(f"{len(data)} bytes; other entries are raw RGB of {self.side}×{self.side} pixels")
-        return Image.frombytes("RGB", (self.side, self.side), data)
-
-    def take(self, positions: Positions) -> Self:
-        return type(self)(self.path, [self.keys[i] for i in positions], self.side)
-
-
-@cache
-def _environment(path: Path) -> Any:
-    """The open LMDB at a path: the library allows one in a process."""
-    try:
-        return lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise UserError(f"data.path: {path} cannot be opened as an LMDB: {error}") from error
-
-
-def _raw_side(sample: Sequence[bytes]) -> int | None:
-    """The side of raw RGB squares if all values are that, None if they are image files.
-
-    Both are told apart by their lengths: files differ in length, squares do not.
-    """
-    lengths = {len(value) for value in sample}
-    if len(lengths) != 1:
-        return None
-    side = math.isqrt(lengths.pop() // 3)
-    is_file = all(value.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")) for value in sample)
-    return side if len(sample[0]) == 3 * side**2 and not is_file else None
 
 
 class Shaped(Decoded):
@@ -242,7 +221,7 @@ class Shaped(Decoded):
         return len(self.source)
 
     def square(self, index: int, crop: Crop) -> Image.Image:
-        return self.shaping.square(self.shaping.rectangle(self.source.load(index)), crop)
+        return self.shaping.cut(self.source.load(index), crop)
 
     def name(self, index: int) -> str:
-        return self.source.name(index)
+        return printable(self.source.name(index))

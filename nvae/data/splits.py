@@ -1,13 +1,15 @@
 """Training, validation and test images of a set: by sub-folder, by list file, or a hold-out."""
 
+import codecs
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
 from ..core.errors import UserError
+from .names import name_bytes, printable, spelling_key
 from .sources import Source
 
 Split = Literal["train", "validation", "test"]
@@ -23,6 +25,34 @@ T = TypeVar("T")
 def spelt(name: str) -> Split | None:
     """The split that a folder's, file's or array's name means, if any."""
     return next((split for split in SPLITS if name.lower() in SPELLINGS[split]), None)
+
+
+def spelt_array(name: str) -> Split | None:
+    """The split that an array of images is, by its name in an .npz: `train`, Keras' `x_train`, MedMNIST's `val_images`.
+
+    None for others, and for labels: `y_train`, `val_labels`.
+    """
+    word = name.lower()
+    for start in ("x_", "images_", "data_"):
+        word = word.removeprefix(start)
+    for end in ("_x", "_images", "_data"):
+        word = word.removesuffix(end)
+    return spelt(word)
+
+
+def by_split(named: Iterable[tuple[str, Split | None, T]]) -> dict[Split, T]:
+    """(name, split, thing) by split, without those of none. Raises UserError where two claim one split."""
+    found: dict[Split, tuple[str, T]] = {}
+    for name, split, thing in named:
+        if split is None:
+            continue
+        if split in found:
+            raise UserError(
+                f"data.path: both {printable(found[split][0])} and {printable(name)} are {split} images by their "
+                "names; rename or remove one"
+            )
+        found[split] = (name, thing)
+    return {split: thing for split, (_, thing) in found.items()}
 
 
 def told_apart(found: Mapping[Split, T], others: bool) -> Mapping[Split, T]:
@@ -49,21 +79,23 @@ def choose(available: Mapping[Split, T], wanted: Split, where: Path) -> T:
 def hold_out(source: Source, fraction: float, split: Split) -> Source:
     """The images of a split where a set has none: those whose names hash lowest are held out for testing.
 
-    Adding or removing images therefore moves next to none of the others. At least one image is on either side;
-    raises UserError where that is impossible.
+    Adding or removing images therefore moves next to none of the others. At least one image is on either side, but
+    for a `fraction` of 1, which holds out all; raises UserError where that is impossible.
     """
+    if fraction == 1:
+        return source
     if len(source) < 2:
         raise UserError("data.path: one image alone can't be split into training and test images")
-    hashes = [hashlib.blake2b(source.name(i).encode(), digest_size=8).digest() for i in range(len(source))]
+    hashes = [hashlib.blake2b(name_bytes(source.name(i)), digest_size=8).digest() for i in range(len(source))]
     held = min(max(1, round(fraction * len(source))), len(source) - 1)
     ranks = np.argsort(np.array(hashes), kind="stable")
     return source.take(np.sort(ranks[held:] if split == "train" else ranks[:held]))
 
 
 def list_files(folder: Path) -> dict[Split, Path]:
-    """The list files of a folder: train.txt, validation.txt, test.txt."""
-    named = ((spelt(path.stem), path) for path in sorted(folder.glob("*.txt")))
-    return {split: path for split, path in named if split is not None}
+    """The list files of a folder: train.txt, validation.txt, test.txt. Raises UserError where two are of one split."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return by_split((file.name, spelt(file.stem), file) for file in files if file.suffix.lower() == ".txt")
 
 
 def listed(files: Mapping[Split, Path], wanted: Split) -> list[str]:
@@ -75,17 +107,25 @@ def listed(files: Mapping[Split, Path], wanted: Split) -> list[str]:
     names = _lines(path)
     if not names:
         raise UserError(f"data.lists: {path} names no images")
-    shared = set(names) & set(_lines(files["train"])) if wanted != "train" and "train" in files else set()
-    if shared:
-        raise UserError(f"data.lists: {path} and {files['train']} share {len(shared)} images, as {min(shared)}")
+    if wanted != "train" and "train" in files:
+        trained_on = set(map(spelling_key, _lines(files["train"])))
+        shared = [name for name in names if spelling_key(name) in trained_on]
+        if shared:
+            raise UserError(
+                f"data.lists: {path} and {files['train']} share {len(shared)} images, as {printable(min(shared))}"
+            )
     return names
 
 
 def _lines(path: Path) -> list[str]:
+    """Lines that are not blank; names of a file system that is not in UTF-8 keep their bytes."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        data = path.read_bytes()
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16") if wide else data.decode("utf-8-sig", "surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.lists: {path} cannot be read: {error}") from error
+    return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
 
 
 def by_folder(names: Sequence[str]) -> Mapping[Split, list[str]]:

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.files import atomic_file
-from .config import DataConfig
+from .config import LOADING, DataConfig
 from .decoding import DAMAGE, BadImage, Decoded, Shaping
 from .images import Crop
 from .splits import Split, choose
@@ -42,17 +42,24 @@ Encoding = Literal["webp", "raw"]
 
 
 class Settings(Config):
-    """What decides the pixels of a store; a config that reads it must agree."""
+    """What decides the pixels of a store; a config that reads it must agree.
+
+    Stores of earlier versions have a hold-out and a source whether or not these had an effect.
+    """
 
     name: str
     size: int
     channels: Literal[1, 3]
     crop: Literal["centre", "random"]
     enlarge: bool
-    holdout: float
+    holdout: float | None
+    """None where the set has splits of its own."""
     lists: str | None
-    source: str
+    source: str | None
+    """None where the set lies nowhere."""
     encoding: Encoding
+    is_named: bool | None = None
+    """True where the images were read as the set `name` is given out; None in stores that do not say."""
 
 
 class Shard(Config):
@@ -70,6 +77,10 @@ class Contents(Config):
     shards: tuple[Shard, ...]
     skipped: tuple[tuple[str, str], ...]
     """(name, reason) of the images that were left out."""
+    doubtful: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of images that were taken and may not be what was meant."""
+    state: str = ""
+    """A digest of the images that it was made of; "" in stores that do not say."""
 
     @property
     def images(self) -> int:
@@ -84,6 +95,8 @@ class Index(Config):
     settings: Settings
     levels: int
     splits: dict[Split, Contents]
+    unread: str = ""
+    """What lay beside the images and was not read, in a line."""
 
     def lines(self) -> list[str]:
         """For people: how many images each split has, and which were left out, and why."""
@@ -91,7 +104,18 @@ class Index(Config):
         for split, contents in self.splits.items():
             lines.append(f"{split}: {contents.images:,} images, {len(contents.skipped)} left out")
             lines += [f"  {name}: {reason}" for name, reason in contents.skipped]
-        return lines
+            lines += [f"  {name} was taken, but {reason}" for name, reason in contents.doubtful[:10]]
+            if len(contents.doubtful) > 10:
+                lines.append(f"  … and {len(contents.doubtful) - 10} more like these")
+        return lines + [self.unread] * bool(self.unread)
+
+    def all_held_out(self) -> bool:
+        """True where the splits are a hold-out made in preparing: in stores that do not say, by their numbers."""
+        if self.settings.is_named is not None:
+            return self.settings.holdout is not None
+        total = {split: part.images + len(part.skipped) for split, part in self.splits.items()}
+        held = round((self.settings.holdout or 0) * sum(total.values()))
+        return self.settings.name == "images" and set(total) == {"train", "test"} and total["test"] == max(held, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ shards
@@ -211,16 +235,18 @@ class Store(Decoded):
     def __init__(self, path: Path, split: Split, config: DataConfig) -> None:
         """Raises UserError where the store does not hold what the config asks for."""
         index = read_index(path)
-        _agree(path, index.settings, config)
-        contents = choose(index.splits, split, path)
+        _agree(path, index, config)
+        whole = config.holdout == 1 and index.all_held_out() and split != "train"
+        parts = list(index.splits.values()) if whole else [choose(index.splits, split, path)]
         self.path = path
         self.settings = index.settings
         self.levels = index.levels
         self.movable = config.crop == "random" and split == "train"
         self.shape = (config.channels, config.size, config.size)
         self.shaping = Shaping(config.size, config.channels)
-        self.files = [shard.file for shard in contents.shards]
-        self.ends = np.cumsum([shard.images for shard in contents.shards])
+        shards = [shard for part in parts for shard in part.shards]
+        self.files = [shard.file for shard in shards]
+        self.ends = np.cumsum([shard.images for shard in shards])
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -252,16 +278,27 @@ class Store(Decoded):
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
 
-def _agree(path: Path, settings: Settings, config: DataConfig) -> None:
-    """Raises UserError naming the first thing in which a store and a config differ."""
-    asked: dict[str, object] = {"size": config.size, "channels": config.channels}
+def _agree(path: Path, index: Index, config: DataConfig) -> None:
+    """Raises UserError naming the first thing in which a store and a config differ.
+
+    All that a config was given decides how a store is prepared, and can't be changed afterwards; except that a store
+    of random crops shows its centres, too, and one with a hold-out all images of it.
+    """
+    held = {**index.settings.model_dump(), "path": config.path}
+    given = set(config.given()) - LOADING | {"size", "channels"}
+    asked = {field: getattr(config, field) for field in DataConfig.model_fields if field in given}
     if config.name != "images":
         asked["name"] = config.name
+    if config.holdout == 1 and index.all_held_out():
+        del asked["holdout"]
+    asked.pop("crop", None)
     if config.crop == "random":
         asked["crop"] = config.crop
+    if config.lists is not None:
+        asked["lists"] = str(config.lists)
     for field, value in asked.items():
-        held = getattr(settings, field)
-        if held != value:
+        if held[field] != value:
             raise UserError(
-                f"data.{field}: is {value}, but the store {path} was prepared with {held}; change it, or prepare again"
+                f"data.{field}: is {value}, but the store {path} was prepared with {held[field]}; change it, or "
+                "prepare again"
             )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
+from ..checkpoints.loading import load_weights
 from ..models.base import Family, FirstImages
 from .optim import Averaged, SkipRule
 
@@ -117,15 +117,6 @@ class TrainingState:
         tensors = [t for t in self.tensors().values() if t.is_floating_point() and t.device == device and t.numel()]
         largest = torch._foreach_norm(tensors, torch.inf)
         return bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Weights into a model. Raises UserError, naming the first name that does not fit, for those of another model."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"the weights are of another model than the config describes: {reason}") from error
 
 
 class BufferCopy:

@@ -3,7 +3,6 @@
 The trainer receives built objects; it knows no family, no data set and no command line.
 """
 
-import resource
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.config import Config, flat
 from ..core.distributed import check_same, check_same_state, is_distributed, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
+from ..core.memory import peak_mib
 from ..core.precision import Precision, autocast, precision_on
 from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
+from ..kernels.operations import Mode
 from ..models.base import Family, Metrics, Output, Recomputation
 from .beginning import training_noise
 from .diagnosis import first_non_finite
@@ -50,6 +51,9 @@ class TrainConfig(Config):
     recompute: Recomputation = "none"
     """What the backward pass computes again to save memory: nothing more than it must, batch norm and swish (NVAE does
     that in any case), or whole cells."""
+    kernels: Mode = "auto"
+    """How layers are computed: `auto` by the fastest way that agrees with the plain one on this machine, or all
+    `plain`."""
     compile: bool = False
     """Compile the model's parts with torch.compile; the first steps then take longer."""
     log_every: int = Field(50, ge=1)
@@ -275,7 +279,7 @@ class Trainer:
             "non_finite": state.non_finite,
             "loss_scale": state.scaler.get_scale(),
             "images_per_second": self._images_per_second(),
-            "peak_memory_mib": _peak_memory(self.device),
+            "peak_memory_mib": peak_mib(self.device),
         }
         unit = "bits_per_dim" if "bits_per_dim" in numbers else "nelbo"
         self.tracker.scalars(state.step, numbers, shown=("loss", unit, "images_per_second"))
@@ -380,10 +384,3 @@ _BUFFERS_OPTION = (  # whether rank 0 hands out its buffers in every pass; older
     if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
-
-
-def _peak_memory(device: torch.device) -> float:
-    """MiB: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -86,13 +86,13 @@ def bomb() -> bytes:
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "an empty file": (lambda: b"", "empty file"),
-    "text": (lambda: b"hello, I am a picture\n" * 9, "not a PNG, JPEG or WebP image"),
+    "text": (lambda: b"hello, I am a picture\n" * 9, "not a PNG, JPEG, WebP, BMP, TIFF or GIF image"),
     "a truncated JPEG": (lambda: file_bytes(smooth(64, 64), "JPEG")[:600], "truncated"),
     "a truncated PNG": (lambda: file_bytes(Image.fromarray(noise(64, 64, 3)))[:5000], "truncated"),
     "a truncated WebP": (lambda: file_bytes(Image.fromarray(noise(64, 64, 3)), "WEBP", lossless=True)[:5000], ""),
     "a bomb": (bomb, "more than 178,956,970 pixels"),
     "CMYK": (lambda: file_bytes(Image.new("CMYK", (8, 8)), "JPEG"), "CMYK"),
-    "a GIF": (lambda: file_bytes(Image.new("P", (8, 8)), "GIF"), "not a PNG, JPEG or WebP image"),
+    "a PCX": (lambda: file_bytes(Image.new("P", (8, 8)), "PCX"), "not a PNG, JPEG, WebP, BMP, TIFF or GIF image"),
 }
 
 

@@ -155,7 +155,7 @@ def test_bad_images_are_left_out_and_listed_with_reasons(with_bad: Path, tmp_pat
 
 def test_what_is_left_out_is_printed(with_bad: Path, tmp_path: Path) -> None:
     lines = "\n".join(prepared(with_bad, tmp_path / "store", holdout=0.5).lines())
-    assert "  text.png: not a PNG, JPEG or WebP image" in lines
+    assert "  text.png: not a PNG, JPEG, WebP, BMP, TIFF or GIF image" in lines
 
 
 def test_bad_images_are_fatal_on_request(with_bad: Path, tmp_path: Path) -> None:

@@ -11,19 +11,20 @@ import pytest
 from stand_ins import file_bytes, image_folder, noise, published_lmdb, smooth, write_lmdb, zipped
 
 from nvae.core.errors import UserError
+from nvae.data.databases import LmdbSource
 from nvae.data.decoding import BadImage, Shaping
 from nvae.data.images import BadImagesError, read_all
-from nvae.data.sources import FolderSource, LmdbSource, Shaped, ZipSource, image_files, zipped_images
+from nvae.data.sources import FolderSource, Shaped, ZipSource, folder_listing, zip_members
 
 
 def test_a_folder_is_searched_at_any_depth_and_in_one_order(tmp_path: Path) -> None:
     image_folder(tmp_path, ["b.png", "a/z.PNG", "a/b/c.jpeg", "d.webp", "notes.txt"])
-    assert image_files(tmp_path) == ["a/b/c.jpeg", "a/z.PNG", "b.png", "d.webp"]
+    assert folder_listing(tmp_path).images == ["a/b/c.jpeg", "a/z.PNG", "b.png", "d.webp"]
 
 
 def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     image_folder(tmp_path, ["a.png", "._a.png", ".cache/b.png", "__MACOSX/a.png"])
-    assert image_files(tmp_path) == ["a.png"]
+    assert folder_listing(tmp_path).images == ["a.png"]
 
 
 def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
     image_folder(tmp_path / "set", ["b.png"])
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set")
-    assert image_files(tmp_path / "set") == ["b.png", "link/a.png"]
+    assert folder_listing(tmp_path / "set").images == ["b.png", "link/a.png"]
 
 
 def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +46,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
-        image_files(tmp_path)
+        folder_listing(tmp_path)
 
 
 def test_a_file_that_cannot_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +62,7 @@ def test_a_zip_reads_as_the_folder_it_holds(tmp_path: Path) -> None:
     names = ["set/a.png", "set/b/c.png"]
     root = image_folder(tmp_path / "files", names)
     path = zipped(tmp_path / "x.zip", {name: (root / name).read_bytes() for name in names})
-    from_zip, from_folder = ZipSource(path, zipped_images(path)), FolderSource(root, image_files(root))
+    from_zip, from_folder = ZipSource(path, zip_members(path)), FolderSource(root, folder_listing(root).images)
     assert from_zip.names == from_folder.names
     for i in range(2):
         assert np.array_equal(np.asarray(from_zip.load(i)), np.asarray(from_folder.load(i)))
@@ -71,7 +72,7 @@ def test_a_truncated_zip_is_refused(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", {"a.png": file_bytes(smooth(8, 8))})
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"x\.zip is damaged, or not a zip"):
-        zipped_images(path)
+        zip_members(path)
 
 
 def test_a_damaged_member_of_a_zip_is_a_bad_image(tmp_path: Path) -> None:
@@ -154,10 +155,10 @@ def test_every_bad_image_is_named_at_once(tmp_path: Path) -> None:
     image_folder(tmp_path, ["a.png", "b.png", "c.png"])
     (tmp_path / "b.png").write_bytes(b"")
     (tmp_path / "c.png").write_text("text")
-    images = Shaped(FolderSource(tmp_path, image_files(tmp_path)), Shaping(32, 3))
+    images = Shaped(FolderSource(tmp_path, folder_listing(tmp_path).images), Shaping(32, 3))
     with pytest.raises(BadImagesError) as caught:
         read_all(images)
-    assert caught.value.problems == ["b.png: empty file", "c.png: not a PNG, JPEG or WebP image"]
+    assert caught.value.problems == ["b.png: empty file", "c.png: not a PNG, JPEG, WebP, BMP, TIFF or GIF image"]
     assert "2 images can't be used" in str(caught.value)
 
 

@@ -20,7 +20,7 @@ def names(source: Source) -> list[str]:
 
 
 def split(path: Path, which: Split, **fields: object) -> list[str]:
-    return names(own_images(path, DataConfig(path=path, **fields), which))  # type: ignore[arg-type]
+    return names(own_images(path, DataConfig(path=path, **fields)).of(which))  # type: ignore[arg-type]
 
 
 def test_a_hold_out_takes_its_fraction_and_nothing_twice() -> None:
@@ -150,5 +150,5 @@ def test_a_path_without_images_says_what_was_looked_for(tmp_path: Path, make: ob
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"x\.tar is not a folder of PNG, JPEG or WebP files"):
+    with pytest.raises(UserError, match=r"x\.tar is not a folder of PNG, JPEG, WebP, BMP, TIFF or GIF files"):
         split(tmp_path / "x.tar", "train")

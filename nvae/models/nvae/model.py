@@ -23,6 +23,7 @@ from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.normalisation import BatchNorm
 from ...bricks.recomputation import Recomputable
 from ...bricks.regularizers import SpectralPenalty, batch_norm_penalty
+from ...kernels.operations import memory_format
 from ..base import FirstImages, Metrics, ModelConfig, Noise, Output, Recomputation, TopDown
 from ..hierarchy import Hierarchy
 from .config import NVAEConfig
@@ -246,7 +247,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         """With the effective weights of now."""
         likelihood = self.config.likelihood
         target = quantise(x, likelihood.bits, likelihood.grid)
-        image = (2 * target - 1).contiguous(memory_format=torch.channels_last)
+        image = (2 * target - 1).contiguous(memory_format=memory_format())
         state = self.preprocess(self.stem(image))
         taps: list[Tensor] = []
         for g in reversed(range(len(self.groups))):
@@ -263,7 +264,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def initial_state(self, n: int) -> Tensor:
         """The learned first state of the decoder, of n images."""
-        return self.first_state.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        return self.first_state.expand(n, -1, -1, -1).contiguous(memory_format=memory_format())
 
     def joint_above(self, g: int) -> int | None:
         """The index in `down` and `up` of the joint of scales between group g and the one above it, if there is one."""

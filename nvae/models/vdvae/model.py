@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...bricks.convolutions import Conv2d, Geometry, convolve, convolve_activated, for_autocast
+from ...bricks.convolutions import Conv2d, convolution
 from ...bricks.latents import Draw, Normal, score, sum_with_each
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.recomputation import Recomputable
 from ...core.precision import at_least_float32
 from ...kernels.activations import ACTIVATIONS
+from ...kernels.convolution import Geometry, for_autocast
 from ..base import FirstImages, Metrics, ModelConfig, Noise, Output, Recomputation, TopDown
 from ..hierarchy import Hierarchy
 from .config import Layer, VDVAEConfig
@@ -32,7 +33,7 @@ MEASURED = 10_000
 # ----------------------------------------------------------------------------------------------------------- bricks
 
 
-def convolution(in_channels: int, out_channels: int, kernel_size: int = 1, *, scale: float = 1.0) -> Conv2d:
+def conv2d(in_channels: int, out_channels: int, kernel_size: int = 1, *, scale: float = 1.0) -> Conv2d:
     """A plain convolution that keeps the resolution: PyTorch's starting weights times `scale`, biases at 0."""
     layer = Conv2d(in_channels, out_channels, kernel_size, normalised=False)
     with torch.no_grad():
@@ -51,10 +52,10 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, middle: int, out_channels: int, resolution: int, scale: float = 1.0) -> None:
         super().__init__()
         kernel_size = 3 if resolution > 2 else 1
-        self.reduce = convolution(in_channels, middle)
-        self.first = convolution(middle, middle, kernel_size)
-        self.second = convolution(middle, middle, kernel_size)
-        self.expand = convolution(middle, out_channels, scale=scale)
+        self.reduce = conv2d(in_channels, middle)
+        self.first = conv2d(middle, middle, kernel_size)
+        self.second = conv2d(middle, middle, kernel_size)
+        self.expand = conv2d(middle, out_channels, scale=scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, R, R) -> (B, out, R, R). Under autocast a state, a long sum, is rounded here and nowhere else."""
@@ -106,7 +107,7 @@ class LatentBlock(Recomputable):
         middle = config.middle_at(layer.resolution)
         self.posterior = Block(2 * self.width, middle, 2 * self.latent_channels, self.resolution)
         self.prior = Block(self.width, middle, 2 * self.latent_channels + self.width, self.resolution, scale=0.0)
-        self.project = convolution(self.latent_channels, self.width, scale=scale)
+        self.project = conv2d(self.latent_channels, self.width, scale=scale)
         self.residual = Block(self.width, middle, self.width, self.resolution, scale)
 
     def forward(self, x: Tensor, below: Tensor | None, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
@@ -156,8 +157,8 @@ class LatentBlock(Recomputable):
         assert prior.bias is not None and posterior.bias is not None
         of_state, of_tap = torch.split(posterior.weight, self.width, dim=1)
         weight, bias = torch.cat([prior.weight, of_state]), torch.cat([prior.bias, posterior.bias])
-        for_prior, for_posterior = convolve_activated(for_autocast(x), weight, bias, Geometry(), "gelu").chunk(2, dim=1)
-        return for_prior, sum_with_each(for_posterior, convolve(tap, of_tap, None, Geometry()))
+        for_prior, for_posterior = convolution(for_autocast(x), weight, bias, Geometry(), "gelu").chunk(2, dim=1)
+        return for_prior, sum_with_each(for_posterior, convolution(tap, of_tap, None, Geometry()))
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -243,7 +244,7 @@ class VDVAE(Hierarchy[VDVAEConfig]):
         super().__init__(config)
         up, down = config.encoder_layers, config.decoder_layers
         self.input = Standardisation(config)
-        self.stem = convolution(config.image_channels, config.width, 3)
+        self.stem = conv2d(config.image_channels, config.width, 3)
         self.encoder = nn.ModuleList(EncoderBlock(config, layer, math.sqrt(1 / len(up))) for layer in up)
         self.decoder = nn.ModuleList(LatentBlock(config, layer, math.sqrt(1 / len(down))) for layer in down)
         self.biases = nn.ParameterDict()
@@ -254,7 +255,7 @@ class VDVAE(Hierarchy[VDVAEConfig]):
         self.gain = nn.Parameter(torch.ones(1, config.width, 1, 1))
         self.shift = nn.Parameter(torch.zeros(1, config.width, 1, 1))
         likelihood = LIKELIHOODS[config.likelihood.kind]
-        self.head = convolution(config.width, likelihood.params_per_pixel(config.likelihood, config.image_channels))
+        self.head = conv2d(config.width, likelihood.params_per_pixel(config.likelihood, config.image_channels))
 
     # ------------------------------------------------------------------------------------------------- the contract
 
