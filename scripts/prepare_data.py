@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from nvae.data.description import describe
-from nvae.data.preparation import prepare, read_config, verify
+from nvae.data.preparation import prepare, read_config, require_words_used, verify
 from nvae.training.run import command
 
 
@@ -37,7 +37,9 @@ def main() -> int:
     outs = [word for word in args.rest if "=" not in word]
     if len(outs) > 1 or not (outs or args.verify or args.describe):
         parser.error(f"one OUT, --verify or --describe is needed, found {' '.join(outs) or 'none'}")
-    config = read_config(args.source, [word for word in args.rest if "=" in word], args.config)
+    fields = [word for word in args.rest if "=" in word]
+    require_words_used(fields, prepares=bool(outs), describes=bool(args.describe))
+    config = read_config(args.source, fields, args.config)
     store = config.source
     if outs:
         store = Path(outs[0])

@@ -99,7 +99,8 @@ def evaluate_bounds(
         **evaluation.entry(subject.model.config),
         "density": subject.model.density,
         "checkpoint": subject.checkpoint.name,
-        "path": str(subject.data.source),
+        "path": subject.images_path,
+        "trained_on": subject.trained_on,
         "seconds": round(time.perf_counter() - started, 1),
         "ranks": world_size(),
         **circumstances(subject.device),
@@ -114,7 +115,7 @@ def evaluate_bounds(
 def _identity(subject: Subject, asked: Measurement) -> dict[str, Any]:
     """Everything that the figures depend on."""
     return {
-        "data": subject.data.name,
+        "data": subject.images_name(asked.split),
         "content": subject.content(asked.split, asked.limit),
         **asdict(asked),
         "precision": subject.precision,

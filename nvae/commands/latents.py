@@ -27,7 +27,7 @@ ROWS = 8
 def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image beside its reconstructions from the first k latent groups, for each k asked for (none: from all)."""
     model = subject.model.for_inference()
-    images = images_of(subject, args.split, args.first, args.num or ROWS, seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.num, seed=args.seed)
     at = temperature_of(args.temperature[0], model)
     with subject.autocast():
         found = [
@@ -39,7 +39,7 @@ def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
     """From each image to another one: a strip, and an animation."""
-    images = images_of(subject, args.split, args.first, 2 * (args.num or ROWS), seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.num, together=2, seed=args.seed)
     first, second = images.chunk(2)
     with subject.autocast():
         frames = latent_space.interpolate(subject.model.for_inference(), first, second, args.steps, seed=args.seed)
@@ -53,7 +53,7 @@ def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image as one latent group is turned; the image as it is stands in the middle."""
-    images = images_of(subject, args.split, args.first, args.num or ROWS, seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.num, seed=args.seed)
     with subject.autocast():
         frames = latent_space.traverse(subject.model.for_inference(), images, args.group, args.steps, seed=args.seed)
     yield str(_save(subject, f"traversal-group{args.group}", frames))
@@ -66,7 +66,7 @@ def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
     with subject.autocast():
         samples = sample_images(model, range(args.num or ROWS), at, seed=args.seed)
     data = subject.data.model_copy(update={"binarize": False, "padding": 0})
-    training = open_images(data, "train")
+    training = open_images(data, subject.reference_split)
     batches = evaluation_batches(training, data, batch=1024, device=subject.device, seed=args.seed)
     _, positions = latent_space.nearest(samples, batches, args.nearest)
     found = training.read(positions.T.flatten().tolist()).to(samples) / training.levels
@@ -74,12 +74,15 @@ def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
     yield str(_save(subject, "neighbours", torch.cat([samples[None], found])))
 
 
-def images_of(subject: Subject, split: Split, first: int, count: int, *, seed: int = 0) -> Tensor:
-    """Images `first` to `first + count` of a split as the model takes them, (n, C, H, W) in [0, 1].
+def images_of(
+    subject: Subject, split: Split, first: int, rows: int | None, *, together: int = 1, seed: int = 0
+) -> Tensor:
+    """Images from `first` on of a split as the model takes them, (rows · together, C, H, W) in [0, 1].
 
-    Raises UserError where the split does not hold them.
+    None are as many rows as usual, or as the split has. Raises UserError where the split does not hold them.
     """
     images = open_images(subject.data, split)
+    count = together * (rows or max(min(ROWS, len(images) // together), 1))
     if not 0 <= first <= len(images) - count:
         raise UserError(f"the {split} split has {len(images)} images; found --first {first} and {count} from there on")
     chosen = evaluation_batches(

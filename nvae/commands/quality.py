@@ -39,9 +39,9 @@ def evaluate_fid(
     Pixels are drawn from the likelihood. The training set's statistics are kept in `cache` (None: beside torch's
     downloads), for all models of that set.
     """
-    networks, content = networks or Networks(), subject.content("train")
+    networks, content = networks or Networks(), subject.content(subject.reference_split)
     identity = {
-        "data": subject.data.name,
+        "data": subject.images_name(subject.reference_split),
         "content": content,
         "metric": "fid",
         "temperature": list(temperature),
@@ -69,13 +69,13 @@ def evaluate_fid(
             yield numbers, images
 
     digest = hashlib.sha256(json.dumps([content, subject.data.binarize, vars(networks)]).encode()).hexdigest()[:16]
-    file = (cache or default_cache()) / f"{subject.data.name}-{digest}.safetensors"
+    file = (cache or default_cache()) / f"{identity['data']}-{digest}.safetensors"
     training = cached(file, lambda: _training(subject, size, extractors))
     entry = {
         **identity,
         "metrics": metrics(statistics(drawn(), samples, extractors), training),
         "checkpoint": subject.checkpoint.name,
-        "path": str(subject.data.source),
+        "path": subject.images_path,
         **circumstances(subject.device),
     }
     if rank() == 0:
@@ -91,7 +91,7 @@ def default_cache() -> Path:
 
 def _training(subject: Subject, batch: int, extractors: Extractors) -> Statistics:
     """The statistics of the training set, without flips and without padding."""
-    images, data = open_images(subject.data, "train"), subject.data
+    images, data = open_images(subject.data, subject.reference_split), subject.data
 
     def numbered() -> Numbered:
         shares = evaluation_batches(

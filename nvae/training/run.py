@@ -25,6 +25,7 @@ from ..data.loading import TrainingStream
 from ..data.sets import open_images
 from ..models.base import Family, ModelConfig
 from ..models.registry import build, family
+from .content import changed_images, content_in, content_of, text_of
 from .continuation import changes, require_same_config, with_global_batch
 from .folder import RunFolder
 from .interruption import Interruption, ignore_signals
@@ -185,11 +186,15 @@ def _trainer(
     saved, world = folder.newest(), distributed.world_size()
     before = saved["config"]["data"]["global_batch"] if saved else None
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world)})
-    images = open_images(config.data, "train")
+    images, held_out = open_images(config.data, "train"), open_images(config.data, "validation")
+    content = content_of({"train": images, "validation": held_out})
     config = _with_settled_model(config, saved, images)
     resolved = config.model_dump(mode="json")
     notes = changes(saved["config"], resolved, allowed=config.allow_changes) if saved else []
+    if saved is not None:
+        notes += changed_images(content_in(folder.path), content, allowed=config.allow_changes)
     folder.write("config.yaml", dump_yaml(config))
+    folder.write("images.json", text_of(content))
 
     rank, data, seed = distributed.rank(), config.data, config.seed
     stream = TrainingStream(images, data, seed=seed, device=device, rank=rank, world=world)
@@ -200,7 +205,7 @@ def _trainer(
     elif config.train.init_from is not None:
         _start_from(config.train.init_from, state)
     watcher = Watcher(
-        open_images(data, "validation"),
+        held_out,
         data,
         importance_samples=config.train.validation_samples,
         seed=seed,
