@@ -1,77 +1,14 @@
 """Evaluate a run, or a checkpoint: bounds on −log p(x), FID, a report page.
 
-    evaluate.py runs/cifar10 --importance-samples 1000
-    evaluate.py runs/digits --draws 5
-    evaluate.py runs/cifar10 --fid --temperature 0.7
-    evaluate.py runs/cifar10 --report
-    evaluate.py published.pt --config configs/cifar10.yaml
+    python evaluate.py runs/cifar10 --importance-samples 1000
+    python evaluate.py runs/cifar10 --fid --temperature 0.7
+    python evaluate.py runs/cifar10 --report
     torchrun --nproc-per-node 8 evaluate.py runs/cifar10
 
-Results are added to results.json in the run's folder; the same command continues an evaluation that was stopped.
+`--help` lists every option; nvae/commands/evaluate.py is the command.
 """
 
-from argparse import Namespace
-
-from nvae.commands.arguments import natural, numbers, parser_of, refuse_others, subject_of
-from nvae.commands.bounds import DEFAULT_SAMPLES, Measurement, evaluate_bounds, samples_for
-from nvae.commands.page import write_page
-from nvae.commands.quality import evaluate_fid
-from nvae.commands.subject import Subject
-from nvae.core.distributed import rank
-from nvae.evaluation.quality import SAMPLES
-from nvae.evaluation.results import quality_table, table
-from nvae.training.run import command
-
-OPTIONS = {
-    "bounds": ("batch", "split", "importance_samples", "draws", "limit", "rows", "compile"),
-    "--fid": ("batch", "readjust", "temperature", "num"),
-    "--report": ("readjust",),
-}
-"""Those that not every action takes."""
-TEMPERATURE = """fid: of the samples; multiplies σ of every prior (default: 1): one value, or one per scale (smallest
-first) or latent group, with commas"""
-
-
-def parse() -> Namespace:
-    parser = parser_of(__doc__)
-    parser.add_argument("--batch", type=natural, help="images encoded, or sampled, at once (default: the run's)")
-    bounds = parser.add_argument_group("bounds")
-    bounds.add_argument("--split", choices=("test", "validation", "train"), default="test", help="default: test")
-    bounds.add_argument("--importance-samples", type=natural, metavar="K", help=f"default: {DEFAULT_SAMPLES}")
-    bounds.add_argument("--draws", type=natural, default=1, help="test draws of a binarised set (default: 1)")
-    bounds.add_argument("--limit", type=natural, help="only the first so many images")
-    bounds.add_argument("--rows", type=natural, help="images × samples decoded at once (default: by their size)")
-    bounds.add_argument("--compile", action="store_true", help="compile the model's parts; pays in long evaluations")
-    other = parser.add_argument_group("instead of bounds")
-    what = other.add_mutually_exclusive_group()
-    what.add_argument("--fid", action="store_true", help="FID, KID, precision, recall and Inception score of samples")
-    what.add_argument("--report", action="store_true", help="write report.html: results, curves, latents, pictures")
-    other.add_argument("--temperature", type=numbers, metavar="T", default=[1.0], help=TEMPERATURE)
-    other.add_argument("--num", type=natural, default=SAMPLES, help="fid: how many samples (default: %(default)s)")
-    args = parser.parse_args()
-    refuse_others(parser, args, "--fid" if args.fid else "--report" if args.report else "bounds", OPTIONS)
-    return args
-
-
-def run(subject: Subject, args: Namespace) -> str:
-    if args.report:
-        return f"written: {write_page(subject, seed=args.seed, readjust=args.readjust)}"
-    if args.fid:
-        entry = evaluate_fid(subject, args.temperature, args.num, args.seed, args.batch, args.readjust)
-        return quality_table(entry)
-    samples = samples_for(subject, args.importance_samples)
-    asked = Measurement(args.split, samples, args.seed, args.draws, args.limit)
-    return table(evaluate_bounds(subject, asked, args.batch, args.rows, args.compile))
-
-
-def main() -> int:
-    args = parse()
-    with subject_of(args) as subject:
-        text = run(subject, args)
-        if rank() == 0:
-            print(text)
-    return 0
-
+from nvae.commands.evaluate import main
 
 if __name__ == "__main__":
-    command(main)
+    main()

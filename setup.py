@@ -10,9 +10,20 @@ setup(
     description="Train deep hierarchical VAEs: exact, fast, and readable",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["nvae", "nvae.*"]),
-    package_data={"nvae": ["py.typed", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"]},
+    packages=[*find_packages(include=["nvae", "nvae.*"]), "nvae.configs"],
+    package_dir={"nvae.configs": "configs"},
+    package_data={
+        "nvae": ["py.typed", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"],
+        "nvae.configs": ["*.yaml"],
+    },
+    entry_points={
+        "console_scripts": [
+            f"nvae-{name} = nvae.commands.{name}:main"
+            for name in ("train", "evaluate", "sample", "prepare", "convert", "benchmark")
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision",
@@ -30,7 +41,17 @@ setup(
         "scipy",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-tqdm", "torch-fidelity>=0.4"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "pytest-cov",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            "torch-fidelity>=0.4",
+        ],
         "fid": ["torch-fidelity>=0.4"],
         "hub": ["huggingface_hub"],
     },

@@ -1,60 +1,12 @@
 """Prepare a set once for fast loading, check a prepared one, or say what a set is like.
 
-    scripts/prepare_data.py SOURCE OUT [field=value ...] [--config CONFIG.yaml] [--fatal]
-    scripts/prepare_data.py OUT --verify
-    scripts/prepare_data.py SOURCE --describe
+    python scripts/prepare_data.py SOURCE OUT [field=value ...] [--config CONFIG.yaml]
+    python scripts/prepare_data.py OUT --verify
 
-SOURCE is a folder of images, a zip of them, an array, an LMDB, the folder of a set's download, or the name of a set.
-OUT is what `data.path` then is. Fields are those of a config's data section: name=celeba_64 size=64. Run again after
-an interruption to continue. Exit codes: 0 done, 1 --verify found damage, 2 something to fix (one line says what).
+`--help` lists every option; nvae/commands/prepare.py is the command.
 """
 
-import argparse
-from pathlib import Path
-
-from nvae.data.description import describe
-from nvae.data.preparation import prepare, read_config, require_words_used, verify
-from nvae.training.run import command
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("rest", nargs="*", metavar="OUT, field=value")
-    parser.add_argument("--config", type=Path, help="a recipe whose data section says name, size, crop, …")
-    parser.add_argument("--processes", type=int, help="how many work (default: one a processor)")
-    parser.add_argument("--fatal", action="store_true", help="stop at the first bad image instead of leaving it out")
-    parser.add_argument("--verify", action="store_true", help="read every image of the store again")
-    parser.add_argument(
-        "--describe",
-        nargs="?",
-        type=Path,
-        const=Path("contact_sheet.png"),
-        metavar="SHEET.png",
-        help="print counts and bits/dim of trivial models, write a contact sheet (default: contact_sheet.png)",
-    )
-    args = parser.parse_intermixed_args()
-    outs = [word for word in args.rest if "=" not in word]
-    if len(outs) > 1 or not (outs or args.verify or args.describe):
-        parser.error(f"one OUT, --verify or --describe is needed, found {' '.join(outs) or 'none'}")
-    fields = [word for word in args.rest if "=" in word]
-    require_words_used(fields, prepares=bool(outs), describes=bool(args.describe))
-    config = read_config(args.source, fields, args.config)
-    store = config.source
-    if outs:
-        store = Path(outs[0])
-        for line in prepare(config, store, processes=args.processes, fatal=args.fatal).lines():
-            print(line)
-    if args.verify:
-        damaged = verify(store, processes=args.processes)
-        print("\n".join(damaged) or f"{store}: every image is as it was written")
-        if damaged:
-            return 1
-    if args.describe:
-        print("\n".join(describe(config.model_copy(update={"path": store}), args.describe).lines()))
-        print(f"wrote {args.describe}")
-    return 0
-
+from nvae.commands.prepare import main
 
 if __name__ == "__main__":
-    command(main)
+    main()

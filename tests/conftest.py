@@ -1,5 +1,6 @@
 """What every test may use: seeded random numbers, tiny models, and markers that skip what this machine cannot run."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,10 @@ from nvae.models.nvae.model import NVAEConfig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU or ../shared where there is none."""
+    """Skips what needs a GPU or ../shared where there is none; puts files with the most slow tests first.
+
+    So no process is left alone with one when the others have ended.
+    """
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no CUDA device"
@@ -23,6 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    slow = Counter(item.path for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,16 @@ Every folder of tests/parity/, or of $NVAE_PARITY_DIR, is a case: `checkpoint.pt
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvae.bricks.likelihoods import quantise
 from nvae.checkpoints.format import read_safely
@@ -26,9 +28,18 @@ TOLERANCE = 1e-5
 ROOT = Path(os.environ.get("NVAE_PARITY_DIR", Path(__file__).parent / "parity"))
 CASES = sorted(path.parent for path in ROOT.glob("*/expected.json"))
 assert CASES, f"{ROOT} holds no parity cases"
-QUICK = ("arch_mbconv_sep", "cifar10_flow")
-"""Compiled without --full: separable cells in both towers, and a flow. Several scales would take two minutes more:
-tests/test_compiling.py compiles two in a smaller model."""
+SOONER = {"arch_mbconv_sep": "inductor", "cifar10_flow": "aot_eager"}
+"""Compiled without --full too. Separable cells, in both towers, become code; a flow is captured and differentiated, and
+run by PyTorch's operators. tests/models/test_compiling.py makes code of two scales and a flow in a smaller model."""
+
+
+def compiled_cases() -> Iterator[Any]:
+    """Every case with "inductor", and those of `SOONER` as said there."""
+    for case in CASES:
+        sooner = SOONER.get(case.name)
+        for backend in dict.fromkeys(("inductor", sooner or "inductor")):
+            mark = pytest.mark.slow if backend == sooner else pytest.mark.full
+            yield pytest.param(case, backend, marks=mark, id=f"{case.name}-{backend}")
 
 
 def assert_close(ours: Tensor | float, reference: Tensor | float) -> None:
@@ -102,14 +113,11 @@ def assert_evaluation(case: Case, model: NVAE) -> None:
         assert_close(thinned(output.likelihood.mean()), expected["eval.decoder_mean"])
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[] if case.name in QUICK else pytest.mark.full, id=case.name) for case in CASES],
-    indirect=True,
-)
+@pytest.mark.parametrize(("case", "backend"), list(compiled_cases()), indirect=["case"])
 @pytest.mark.timeout(900)  # three scales with flows take five minutes on a core
-def test_compiled_parts(case: Case) -> None:
+def test_compiled_parts(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In evaluation, and in a pass of training with its gradients against uncompiled ones."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     torch._dynamo.reset()
     compiled, model = case.model(), case.model()
     compiled.compile_parts()

@@ -1,6 +1,5 @@
 """How cost grows, what stays in memory, and how long it takes until the first update."""
 
-import resource
 import subprocess
 import sys
 import time
@@ -10,14 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..models.base import Recomputation
-from ..models.nvae.model import NVAEConfig
+from ..core.memory import MIB, peak_mib
+from ..kernels.operations import Mode, using
+from ..models.base import ModelConfig, Recomputation
 from .memory import saved_bytes
-from .plain import make_plain
 from .timing import in_turns
 from .workloads import Way, Workload
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,17 +50,17 @@ def over_groups(workload: Workload, groups: Sequence[int], way: Way, rounds: int
     return Line(list(groups), [times.median(str(count)) for count in groups])
 
 
-def saved_mib_per_image(config: NVAEConfig, precision: torch.dtype | None) -> dict[str, float]:
+def saved_mib_per_image(config: ModelConfig, precision: torch.dtype | None) -> dict[str, float]:
     """What is kept for the backward pass, per image: plainly, ours, and ours with whole cells recomputed."""
-    modes: dict[str, tuple[Recomputation, bool]] = {
-        "plain": ("none", True),
-        "ours": ("none", False),
-        "ours, cells recomputed": ("cells", False),
+    modes: dict[str, tuple[Recomputation, Mode]] = {
+        "plain": ("none", "plain"),
+        "ours": ("none", "auto"),
+        "ours, cells recomputed": ("cells", "auto"),
     }
     found = {}
-    for name, (recompute, is_plain) in modes.items():
-        options = {"variant": make_plain} if is_plain else {}
-        one, two = (saved_bytes(config, batch, recompute, precision, **options) for batch in (1, 2))
+    for name, (recompute, mode) in modes.items():
+        with using(mode):
+            one, two = (saved_bytes(config, batch, recompute, precision) for batch in (1, 2))
         found[name] = (two - one) / MIB
     return found
 
@@ -75,22 +72,16 @@ def memory_growth(workload: Workload, way: Way, first: int = 5, last: int = 50) 
     for step in range(1, last + 1):
         update()
         if step in (first, last):
-            peaks.append(_peak_mib(workload.device))
+            peaks.append(peak_mib(workload.device))
     return peaks[0], peaks[1]
-
-
-def _peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
 
 
 FIRST_UPDATE = """
 import torch
 from nvae.benchmark.workloads import MODELS, Way, Workload
 workload = Workload(MODELS["{model}"], {batch}, torch.device("{device}"))
-from nvae.models.nvae import NVAE
-workload.training(NVAE(workload.config).to(workload.device), Way(precision="{precision}"))()
+from nvae.models.registry import build
+workload.training(build(workload.config).to(workload.device), Way(precision="{precision}"))()
 """
 
 

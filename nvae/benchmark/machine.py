@@ -4,17 +4,16 @@ import ctypes
 import platform
 import time
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..bricks.convolutions import Conv2d
 from ..core.errors import UserError
 from ..core.precision import AUTOCAST, Precision, allow_tf32
-from ..models.nvae.model import NVAE, NVAEConfig
-from .plain import make_plain
+from ..kernels.operations import using
+from ..models.base import ModelConfig
+from ..models.registry import build
 from .timing import synchronise
 
 
@@ -34,26 +33,15 @@ def matrix_peak(device: torch.device, precision: Precision, size: int | None = N
     return 2 * size**3 / median(seconds[2:]) / 1e9
 
 
-def training_gflop(config: NVAEConfig, batch: int) -> float:
-    """GFLOP of the convolutions of a training step of the published network, counted from their shapes.
+def training_gflop(config: ModelConfig, batch: int) -> float:
+    """GFLOP of the products of a training step, computed plainly, counted from their shapes.
 
     A product and a sum are two; input and weight gradients take as many as the forward pass.
     """
-    total = 0
-
-    def count(convolution: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal total
-        assert isinstance(convolution, Conv2d)
-        total += 3 * 2 * output.numel() * convolution.weight[0].numel()
-
-    with FakeTensorMode():
-        model = make_plain(NVAE(config)).train()
-        model.mark_loaded()
-        for module in model.modules():
-            if isinstance(module, Conv2d):
-                module.register_forward_hook(count)
+    with FakeTensorMode(), using("plain"), FlopCounterMode(display=False) as counter:
+        model = build(config).train()
         model(torch.zeros(batch, config.image_channels, config.image_size, config.image_size))
-    return total / 1e9
+    return float(3 * counter.get_total_flops() / 1e9)
 
 
 def description(device: torch.device) -> dict[str, str | int]:

@@ -5,7 +5,7 @@ workspace is not counted.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -49,16 +49,13 @@ def saved_bytes(
     batch: int = 1,
     recompute: Recomputation = "none",
     precision: torch.dtype | None = None,
-    variant: Callable[[Any], Family[Any]] = lambda model: model,
 ) -> int:
     """What autograd saves for the backward pass of a step, by its own account: saved-tensor hooks see each tensor.
 
     A storage counts once; weights and buffers do not. The difference of two batches is what an image takes.
-    `variant` makes of the model the one that is asked about.
     """
     with FakeTensorMode():
         model, images, noise = _inputs(config, batch, recompute)
-        model = variant(model)
         apart = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         saved: dict[int, Tensor] = {}  # by storage; held, lest another storage take its place in memory
 
@@ -76,7 +73,6 @@ def _inputs(config: ModelConfig, batch: int, recompute: Recomputation) -> tuple[
     """A model in training mode, images and noise."""
     model = build(config).train()
     model.set_recomputation(recompute)
-    model.mark_loaded()
     images = torch.zeros(batch, config.image_channels, config.image_size, config.image_size)
     return model, images, [torch.zeros(shape) for shape in model.latent_shapes(batch)]
 

@@ -1,22 +1,25 @@
 """What is timed: an update, importance-weighted evaluation, sampling; ours and plain, of the same weights."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..core.errors import UserError
 from ..core.precision import Precision, allow_tf32, autocast
 from ..evaluation.bounds import Evaluator, importance_weighted_bound
-from ..models.nvae.model import NVAE, NVAEConfig
+from ..kernels.fusion import compile_each
+from ..kernels.operations import using
+from ..models.base import Family, ModelConfig
+from ..models.nvae.config import NVAEConfig
+from ..models.registry import build
 from ..sampling.images import sample_images
+from ..training.config import read_run_config
 from ..training.optim import OptimConfig, build_optimiser
-from ..training.run import read_run_config
-from .plain import make_plain
 from .timing import Action
 
 MODELS: dict[str, NVAEConfig] = {
@@ -42,19 +45,14 @@ MODELS: dict[str, NVAEConfig] = {
 """`small`: 10 groups at 16×16, as the CIFAR-10 recipe has 30; `scales`: 6 + 3 + 1 groups from 32×32 down to 8×8."""
 
 
-def model_named(name: str) -> NVAEConfig:
-    """One of `MODELS`, or that of a recipe. Raises UserError for a model without a plain mode."""
-    if name in MODELS:
-        return MODELS[name]
-    recipe = read_run_config(Path(name), []).model
-    if not isinstance(recipe, NVAEConfig):
-        raise UserError(f"--model: {name} is no NVAE; give a recipe of one, or one of {', '.join(MODELS)}")
-    return recipe
+def model_named(name: str) -> ModelConfig:
+    """One of `MODELS`, or that of a recipe."""
+    return MODELS[name] if name in MODELS else read_run_config(Path(name), []).model
 
 
 @dataclass(frozen=True)
 class Way:
-    """How something is computed."""
+    """How something is computed. `plain` is the yardstick: PyTorch's operators one by one, nothing reused."""
 
     precision: Precision = "fp32"
     plain: bool = False
@@ -68,108 +66,108 @@ class Way:
 class Workload:
     """A model, a batch of images (noise of the right shape will do) and a device."""
 
-    config: NVAEConfig
+    config: ModelConfig
     batch: int
     device: torch.device
     samples: int = 10
     """Importance samples per image, K."""
 
-    def trained(self) -> NVAE:
+    def trained(self) -> Family[Any]:
         """A model with running statistics of a few updates; always the same one."""
         torch.manual_seed(0)
-        model = NVAE(self.config).to(self.device).train()
+        model = build(self.config).to(self.device).train()
         with torch.no_grad():
             for _ in range(3):
                 model(self.images)
         return model
 
     @property
-    def images(self) -> torch.Tensor:
+    def images(self) -> Tensor:
         """(B, C, H, W) in [0, 1]."""
         config, generator = self.config, torch.Generator().manual_seed(0)
         shape = (self.batch, config.image_channels, config.image_size, config.image_size)
         return torch.rand(shape, generator=generator).to(self.device)
 
-    def _computing(self, way: Way) -> AbstractContextManager[Any]:
-        """The context of a forward pass. Ways take turns, so each says anew what float32 products are, backward too."""
+    @contextmanager
+    def _computing(self, way: Way) -> Iterator[AbstractContextManager[Any]]:
+        """Within, kernels and float32 products are those of a way, backward too; yields the forward pass's context."""
         allow_tf32(way.precision)
-        return autocast(self.device, way.precision)
+        with using("plain" if way.plain else "auto"):
+            yield autocast(self.device, way.precision)
 
-    def training(self, model: NVAE, way: Way) -> Action:
+    def training(self, model: Family[Any], way: Way) -> Action:
         """One update."""
         model = deepcopy(model).train()
         options = OptimConfig(lr=1e-4)
         if way.plain:
-            make_plain(model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimiser: torch.optim.Optimizer = torch.optim.Adamax(trained, lr=options.lr, foreach=False)
         else:
             optimiser = build_optimiser(model.parameters(), options)
         if way.compiled:
-            model.compile_parts()
+            compile_each(model.parts())
         images = self.images
 
         def update() -> None:
             optimiser.zero_grad()
-            with self._computing(way):
-                output = model(images)
-            loss, _ = model.loss(output, progress=1.0)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            with self._computing(way) as forward:
+                with forward:
+                    output = model(images)
+                loss, _ = model.loss(output, progress=1.0)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
 
         return update
 
-    def evaluation(self, model: NVAE, way: Way) -> Action:
+    def evaluation(self, model: Family[Any], way: Way) -> Action:
         """The importance-weighted bound of the batch with K samples; plainly, K whole passes."""
         images, model = self.images, model.eval()
+
+        @torch.no_grad()
+        def passes() -> None:
+            with self._computing(way) as forward, forward:
+                log_weights = [model(images).log_weight for _ in range(self.samples)]
+            importance_weighted_bound(torch.stack(log_weights))
+
         if way.plain:
-            model = make_plain(deepcopy(model))
-
-            @torch.no_grad()
-            def passes() -> None:
-                with self._computing(way):
-                    log_weights = [model(images).log_weight for _ in range(self.samples)]
-                importance_weighted_bound(torch.stack(log_weights))
-
             return passes
         evaluator = Evaluator(_inference(model, way), samples=self.samples)
 
         def measure() -> None:
-            with self._computing(way):
+            with self._computing(way) as forward, forward:
                 evaluator.measure(images, range(self.batch))
 
         return measure
 
-    def sampling(self, model: NVAE, way: Way) -> Action:
+    def sampling(self, model: Family[Any], way: Way) -> Action:
         """The batch's number of images at temperature 0.7."""
         model = model.eval()
+
+        @torch.no_grad()
+        def draw() -> None:
+            with self._computing(way) as forward, forward:
+                model.sample(self.batch, 0.7).mean()
+
         if way.plain:
-            model = make_plain(deepcopy(model))
-
-            @torch.no_grad()
-            def draw() -> None:
-                with self._computing(way):
-                    model.sample(self.batch, 0.7).mean()
-
             return draw
         ready = _inference(model, way)
 
         def draw_keyed() -> None:
-            with self._computing(way):
+            with self._computing(way) as forward, forward:
                 sample_images(ready, range(self.batch), 0.7)
 
         return draw_keyed
 
 
-WORK: dict[str, Callable[[Workload, NVAE, Way], Action]] = {
+WORK: dict[str, Callable[[Workload, Family[Any], Way], Action]] = {
     "train": Workload.training,
     "evaluate": Workload.evaluation,
     "sample": Workload.sampling,
 }
 
 
-def _inference(model: NVAE, way: Way) -> NVAE:
+def _inference(model: Family[Any], way: Way) -> Family[Any]:
     ready = model.for_inference()
     if way.compiled:
-        ready.compile_parts()
+        compile_each(ready.parts())
     return ready

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.activations import Activation
-from ..kernels.fusion import watched
 from ..kernels.native import addresses, channels_last, library, made_from, structure
+from ..kernels.watching import watched
 from .convolutions import Conv2d
 from .latents import Normal, Score
 from .latents import score as score_in_torch

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.distributed import all_mean, world_size
 from ..kernels.activations import Activation
+from ..kernels.batch_norm import Statistics
 from .convolutions import Conv2d
-from .normalisation import BatchNorm, Statistics, recording, replaying
+from .normalisation import BatchNorm, recording, replaying
 from .recomputation import Recomputable
 from .resampling import DownSkip, UpSkip
 from .squeeze_excite import SCALE, SqueezeExcite
@@ -60,7 +60,7 @@ class Architecture:
 
     @property
     def starts_from_data(self) -> bool:
-        """True where some op has neither batch norm nor a fixed start: the first training batch sets it."""
+        """True where some op has neither batch norm nor a fixed start: the first images of a run set it."""
         places = (self.preprocess, self.encoder, self.decoder, self.postprocess)
         return any(isinstance(op, Regular) and not op.batch_norm for ops in places for op in ops)
 
@@ -116,17 +116,18 @@ class RegularOp(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
-        """Data-dependent start without batch norm (spec §1, `res_elu`): unit response to the first batch x.
+        """Data-dependent start without batch norm (spec §1, `res_elu`).
 
-        Statistics span B, H, W and ranks; the standard deviation is unbiased.
+        Over the first batch x, that of all ranks, and its space, each channel's response has then mean 0 and an
+        (unbiased) standard deviation of 1/5.
         """
         assert self.norm is None and self.convolution.bias is not None
         self.convolution.bias.zero_()
         self.convolution.log_gain.zero_()
         response = self.forward(x)
-        mean = all_mean(response.mean((0, 2, 3)))
-        var = all_mean(response.sub(mean[:, None, None]).square().mean((0, 2, 3)))
-        count = response.numel() // response.shape[1] * world_size()
+        mean = response.mean((0, 2, 3))
+        var = response.sub(mean[:, None, None]).square().mean((0, 2, 3))
+        count = response.numel() // response.shape[1]
         spread = 5 * (var * count / max(count - 1, 1)).sqrt() + 1e-5
         self.convolution.bias.copy_(-mean / spread)
         self.convolution.log_gain.copy_(-spread.log().reshape(-1, 1, 1, 1))

@@ -1,5 +1,4 @@
-"""Convolutions, their gradients, and the effective (normalised, masked) weights they use (spec §1; Salimans & Kingma
-2016).
+"""Convolutions and the effective (normalised, masked) weights they use (spec §1; Salimans & Kingma 2016).
 
 A convolution stores raw parameters; what it multiplies with is its *effective* weight. `EffectiveWeights` makes the
 effective weights of a whole model in one pass per step, batched by shape, hands each convolution its own, and keeps
@@ -10,17 +9,15 @@ Shapes: B batch, C channels, H W space; O outputs, R = C/groups · kh · kw of a
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..core.precision import at_least_float32
-from ..kernels import depthwise
-from ..kernels.activations import Activation, in_a_pass, with_slope
-from ..kernels.fusion import fused
+from ..kernels.activations import ACTIVATIONS, Activation
+from ..kernels.convolution import Geometry, for_autocast
+from ..kernels.operations import operation
 
 
 def weight_norm(weight: Tensor, log_gain: Tensor) -> Tensor:
@@ -29,140 +26,30 @@ def weight_norm(weight: Tensor, log_gain: Tensor) -> Tensor:
     return log_gain.exp() * weight / (norm + 1e-5)
 
 
-# ------------------------------------------------------------------------------------- a convolution and its gradients
+def _convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """A convolution of each kind: dense, dilated and strided, 1×1, depthwise on an enlarged input."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x = normal(2, 6, 8, 6)
+    yield x, normal(4, 6, 3, 3), normal(4), Geometry(padding=1), "elu"
+    yield x, normal(4, 6, 3, 3), normal(4), Geometry(stride=2, padding=2, dilation=2), "swish"
+    yield x, normal(8, 6, 1, 1), None, Geometry(), "gelu"
+    yield x, normal(6, 1, 5, 5), normal(6), Geometry(padding=2, groups=6, enlarge=True), "elu_elu"
+    yield x, normal(6, 1, 3, 3), None, Geometry(stride=2, padding=1, groups=6), "identity"
 
 
-class Geometry(NamedTuple):
-    """How a kernel moves over its input; `enlarge` reads the input enlarged ×2 (nearest)."""
-
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-    enlarge: bool = False
-
-    def is_depthwise(self, weight: Tensor) -> bool:
-        """One input and one output channel per group: the operator of nvae/kernels/depthwise.py does it."""
-        return self.groups == weight.shape[0] > 1 and weight.shape[1] == 1 and self.dilation == 1
-
-    def is_pointwise(self, weight: Tensor) -> bool:
-        """A product of each pixel's channels with one matrix."""
-        return weight.shape[2:] == (1, 1) and self.groups == self.stride == 1 and not self.enlarge
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """(B, C, H, W), weight (O, C/groups, kh, kw) -> (B, O, h, w); differentiable, and aware of autocast."""
-    if geometry.enlarge:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-    if geometry.is_depthwise(weight):
-        return depthwise.depthwise_conv2d(x, weight, geometry.stride, bias)
-    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-
-
-def convolve_activated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation
+@operation(_convolutions)
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation = "identity"
 ) -> Tensor:
-    """convolve(act(x)), of which only x is kept for the backward pass."""
-    if activation == "identity":
-        return convolve(x, weight, bias, geometry)
-    x = x.contiguous(memory_format=torch.channels_last)
-    if not torch.is_grad_enabled():
-        weight = for_autocast(weight)
-        return convolve(_activated(x, activation, weight.dtype), weight, bias, geometry)
-    return cast(Tensor, _OfActivated.apply(x, for_autocast(weight), bias, geometry, activation))
-
-
-FEW_PIXELS = 2**12
-"""Up to so many in a batch, a product of matrices makes the weight gradient of a 1×1 kernel faster than PyTorch's."""
-
-
-def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of `convolve`'s x (of which only shape and type count), from that of its result."""
-    if geometry.is_pointwise(weight):
-        return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
-    if geometry.enlarge:
-        batch, channels, height, width = x.shape
-        shape = (batch, channels, 2 * height, 2 * width)
-        x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-    if geometry.is_depthwise(weight):
-        x_grad = depthwise.input_gradient(grad, weight, (x.shape[2], x.shape[3]), geometry.stride)
-    else:
-        x_grad = _torch_gradients(
-            grad, torch.empty_like(x, dtype=grad.dtype), weight, None, geometry, (True, False, False)
-        )[0]
-    return F.avg_pool2d(x_grad, 2, divisor_override=1) if geometry.enlarge else x_grad
-
-
-def parameter_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `convolve`'s weight and bias, in their types."""
+    """The convolution of act(x): (B, C, H, W), weight (O, C/groups, kh, kw), bias (O) -> (B, O, h, w)."""
+    x = ACTIVATIONS[activation](x)
     if geometry.enlarge:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
-    if geometry.is_depthwise(weight):
-        weight_grad = depthwise.weight_gradient(grad, x, weight.shape[2], geometry.stride).to(weight.dtype)
-    elif geometry.is_pointwise(weight) and grad.numel() <= FEW_PIXELS * grad.shape[1]:
-        by_pixel = [tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (grad, x)]  # (B·H·W, O), (B·H·W, C)
-        weight_grad = (by_pixel[0].t() @ by_pixel[1]).reshape(weight.shape)
-    else:
-        _, weight_grad, bias_grad = _torch_gradients(grad, x, weight, bias, geometry, (False, True, bias is not None))
-        return weight_grad, None if bias is None else bias_grad.to(bias.dtype)
-    return weight_grad, None if bias is None else grad.sum((0, 2, 3)).to(bias.dtype)
-
-
-def _torch_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's own gradients of (x, weight, bias), those that are wanted."""
-    stride, padding, dilation, groups, _ = geometry
-    gradients = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        None if bias is None else list(bias.shape),
-        [stride, stride],
-        [padding, padding],
-        [dilation, dilation],
-        False,
-        [0, 0],
-        groups,
-        wanted,
-    )
-    return cast(tuple[Tensor, Tensor, Tensor], gradients)
-
-
-class _OfActivated(torch.autograd.Function):
-    """convolve(act(x)), of which only x is kept: the backward pass makes act(x) again together with its slope."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: Activation
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.geometry, ctx.activation = geometry, activation
-        return convolve(_activated(x, activation, weight.dtype), weight, bias, geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        grad = grads[0].contiguous(memory_format=torch.channels_last)
-        y_grad = input_gradient(grad, x, weight, ctx.geometry)
-        y, x_grad = _activation_backward(x, y_grad, ctx.activation)
-        weight_grad, bias_grad = parameter_gradients(grad, y, weight, bias, ctx.geometry)
-        return x_grad, weight_grad, bias_grad, None, None
-
-
-@fused(dynamic=True)
-def _activated(x: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
-    return in_a_pass(activation, at_least_float32(x)).to(dtype)
-
-
-@fused(dynamic=True)
-def _activation_backward(x: Tensor, y_grad: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """act(x) in the type of its gradient, and the gradient of x."""
-    y, slope = with_slope(activation, at_least_float32(x))
-    return y.to(y_grad.dtype), (at_least_float32(y_grad) * slope).to(x.dtype)
+    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
 
 
 # ------------------------------------------------------------------------------------------------------- the module
@@ -231,7 +118,7 @@ class Conv2d(nn.Module):
 
         Only x is kept for the backward pass.
         """
-        return convolve_activated(x, self.effective_weight(), self.bias, self.geometry, activation)
+        return convolution(x, self.effective_weight(), self.bias, self.geometry, activation)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry parameters only: an effective weight belongs to one graph."""
@@ -323,9 +210,3 @@ def _convolutions_in(module: nn.Module, besides: tuple[type[nn.Module], ...]) ->
 def _rows(kernels: Tensor) -> Tensor:
     """(N, O, C/groups, kh, kw) -> (N, O, kh · kw · C/groups)."""
     return kernels.permute(0, 1, 3, 4, 2).flatten(2)
-
-
-def for_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's type where autocast is on: cast once for all who use it, where each would cast it."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.convolution import Geometry
 from .bottleneck import Bottleneck, Convolution, available, takes
 from .cells import Cell, RegularOp, SeparableOp
-from .convolutions import Conv2d, Geometry
+from .convolutions import Conv2d
 from .flows import ShiftCell
 from .normalisation import BatchNorm
 from .squeeze_excite import SCALE

@@ -86,6 +86,19 @@ def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Sc
     return Score(divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3)))
 
 
+class Draw(NamedTuple):
+    """What one group of Normal latents makes of a batch, and of the decoder's state."""
+
+    state: Tensor
+    """(B, C, h, w), with z in it."""
+    z: Tensor
+    """(B, L, h, w)."""
+    score: Score
+    posterior: Normal
+    """Before its flow."""
+    prior: Normal
+
+
 def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
     """x (K·B, C, h, w) of K draws of B images, plus y (B, C, h, w) of the images: (K·B, C, h, w)."""
     if len(x) == len(y):

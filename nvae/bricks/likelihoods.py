@@ -25,9 +25,10 @@ Grid = Literal["stretched", "truncated"]
 
 
 class LikelihoodConfig(Config):
-    kind: Literal["bernoulli", "logistic_mixture", "normal"] = "logistic_mixture"
+    kind: Literal["bernoulli", "logistic_mixture", "normal", "squared_error"] = "logistic_mixture"
     """Distribution of a pixel: `bernoulli` for binarised one-channel images, `logistic_mixture` for 1 or 3 channels (a
-    probability per level, so bits/dim are comparable), `normal` (a density: bits/dim are not comparable)."""
+    probability per level, so bits/dim are comparable), `normal` (a density: bits/dim are not comparable), or
+    `squared_error`, which is none: there is a distortion, and no bound."""
     bits: int = Field(8, ge=1, le=8)
     """Bits of an image channel; images are quantised to 2**bits levels. Binary images keep 8."""
     grid: Grid = "stretched"
@@ -77,6 +78,8 @@ class Likelihood(ABC):
     noise_channels: ClassVar[int] = 0
     is_density = False
     """True where `log_prob` is a density and not the probability of a level."""
+    is_probability = True
+    """False where `log_prob` is no logarithm of either."""
 
     def __init__(self, params: Tensor, config: LikelihoodConfig, channels: int, *, recompute: bool = False) -> None:
         """`recompute`: the backward pass computes `log_prob` again from `params` instead of keeping what is inside."""
@@ -340,8 +343,37 @@ class NormalLikelihood(Likelihood):
         return (self.normal.mean + temperature * self.normal.sigma * noise).clamp(-1, 1) / 2 + 0.5
 
 
-LIKELIHOODS: dict[str, type[Bernoulli] | type[LogisticMixture] | type[NormalLikelihood]] = {
+class SquaredError(Likelihood):
+    """A mean image and nothing else; params (B, C, H, W) are the image on the [−1, 1] scale.
+
+    `log_prob` is minus the squared error on that scale, which only stands where others have nats.
+    """
+
+    is_probability = False
+
+    @staticmethod
+    def params_per_pixel(config: LikelihoodConfig, channels: int) -> int:
+        return channels
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        return -(2 * x - 1 - self.params).square()
+
+    def mean(self) -> Tensor:
+        return self.params.clamp(-1, 1) / 2 + 0.5
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int, int]:
+        batch, channels, height, width = self.params.shape
+        return batch, channels, height, width
+
+    def sample(self, temperature: float = 1.0, uniform: Tensor | None = None) -> Tensor:
+        """The mean image."""
+        return self.mean()
+
+
+LIKELIHOODS: dict[str, type[Bernoulli] | type[LogisticMixture] | type[NormalLikelihood] | type[SquaredError]] = {
     "bernoulli": Bernoulli,
     "logistic_mixture": LogisticMixture,
     "normal": NormalLikelihood,
+    "squared_error": SquaredError,
 }

@@ -1,4 +1,4 @@
-"""Layers around the convolutions: batch norm with its activation, squeeze-and-excitation, resampling skips (spec §1).
+"""Resampling skips of residual cells (spec §1).
 
 Shapes: B batch, C channels, H W space.
 """
@@ -7,23 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.activations import ACTIVATIONS, Activation
 from .convolutions import Conv2d
-from .normalisation import BatchNorm, Statistics, measuring, recording, replaying
-from .squeeze_excite import SqueezeExcite
-
-__all__ = [
-    "ACTIVATIONS",
-    "Activation",
-    "BatchNorm",
-    "DownSkip",
-    "SqueezeExcite",
-    "Statistics",
-    "UpSkip",
-    "measuring",
-    "recording",
-    "replaying",
-]
 
 
 class DownSkip(nn.Module):

@@ -7,25 +7,35 @@ import torch
 
 from ..core.errors import UserError
 from ..core.files import atomic_file
-from ..models.nvae.published import SAFE_TYPES
-from .format import is_ours, read_safely, save_checkpoint
+from .format import is_ours, save_checkpoint
 from .loading import (
     PUBLISHED_FORMATS,
     PublishedFormat,
     checkpoint_file,
     config_from,
-    load_model,
+    model_of,
     published_format,
+    read_checkpoint,
 )
 
 
-def convert(source: Path, target: Path, *, config: Path | None = None, dataset: str | None = None) -> str:
+def convert(
+    source: Path, target: Path, *, config: Path | None = None, dataset: str | None = None, overwrite: bool = False
+) -> str:
     """Writes `target` in the other format than `source` is in; returns a line that says what was done.
 
     `config` is the recipe of a published checkpoint that carries no hyper-parameters, `dataset` the published name of
-    the set for one that does. A converted published checkpoint keeps the published mixture edge. Raises UserError.
+    the set for one that does. A converted published checkpoint keeps the published mixture edge. Raises UserError, also
+    where `target` exists, unless told to `overwrite` it; never is it the checkpoint that is converted.
     """
-    content = read_safely(checkpoint_file(source), SAFE_TYPES)
+    file = checkpoint_file(source)
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; name a file in it")
+    if target.exists() and target.samefile(file):
+        raise UserError(f"{target}: is what is to be converted; name another file")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target}: exists already; name another file, or --overwrite it")
+    content = read_checkpoint(file)
     if is_ours(content):
         return _to_published(source, content, target, dataset)
     form = published_format(content)
@@ -45,7 +55,7 @@ def _to_ours(form: PublishedFormat, source: Path, content: dict[str, Any], targe
 
 
 def _to_published(source: Path, content: dict[str, Any], target: Path, dataset: str | None) -> str:
-    model = load_model(source)
+    model, _ = model_of(content, edge=None, weights="ema")
     form = next((form for form in PUBLISHED_FORMATS if isinstance(model, form.FAMILY)), None)
     if form is None:
         raise UserError(f"{source}: no published format holds models of {type(model).__name__}")

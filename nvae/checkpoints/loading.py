@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from torch import Tensor, nn
+
 from ..bricks.likelihoods import MixtureEdge
 from ..core.config import read_yaml, validate
 from ..core.errors import UserError
@@ -19,11 +21,18 @@ Held = Literal["ema", "raw", "published"]
 """What a checkpoint's weights are: a published one does not say whether its are averaged."""
 
 
+WRAPPER, COMPILED = "module.", "_orig_mod."
+"""What DistributedDataParallel puts before every name, and torch.compile before each of what it compiled."""
+
+
 class Loaded(NamedTuple):
     """What a checkpoint gives."""
 
     model: Family[Any]
     weights: Held
+    file: Path
+    config: dict[str, Any] | None
+    """Of the run that it is of, as it was saved; None for a checkpoint of no run."""
 
 
 class PublishedFormat(Protocol):
@@ -62,26 +71,44 @@ def load_model(
     overrides the edge of the logistic mixture: by default a published checkpoint keeps the published one, and a
     warning says so. `weights` "ema" takes the averaged weights where there are any. Raises UserError.
     """
-    return load_checkpoint(path, config, mixture_edge, weights).model
+    return load_checkpoint(path, None if config is None else config_from(config), mixture_edge, weights).model
 
 
 def load_checkpoint(
     path: str | Path,
-    config: str | Path | ModelConfig | None = None,
+    config: ModelConfig | None = None,
     mixture_edge: MixtureEdge | None = None,
     weights: Weights = "ema",
 ) -> Loaded:
     """As `load_model`, and which weights the model has."""
-    content = read_safely(checkpoint_file(Path(path)), published.SAFE_TYPES)
-    known = None if config is None else config_from(config)
+    file = checkpoint_file(Path(path))
+    content = read_checkpoint(file)
     try:
         if is_ours(content):
-            return _ours(content, mixture_edge, weights)
+            model, held = model_of(content, mixture_edge, weights)
+            return Loaded(model, held, file, content["config"] if "data" in content["config"] else None)
         if (form := published_format(content)) is not None:
-            return Loaded(_published(form, content, mixture_edge, known), "published")
+            return Loaded(_published(form, content, mixture_edge, config), "published", file, None)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"{path}: neither a checkpoint of this package nor a published one")
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What a checkpoint file holds; the weights of a foreign one by the names that they have in their model."""
+    content = read_safely(file, published.SAFE_TYPES)
+    if is_ours(content):
+        return content
+    inside = {key: unwrapped(value) if isinstance(value, dict) else value for key, value in content.items()}
+    return unwrapped(inside)
+
+
+def unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights saved from within DistributedDataParallel or torch.compile, by the names that they have without."""
+    plain = {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
+    if plain and all(name.startswith(WRAPPER) for name in plain):
+        return {name.removeprefix(WRAPPER): weight for name, weight in plain.items()}
+    return plain
 
 
 def published_format(content: dict[str, Any]) -> PublishedFormat | None:
@@ -103,6 +130,7 @@ def _published(
     form: PublishedFormat, content: dict[str, Any], edge: MixtureEdge | None, config: ModelConfig | None
 ) -> Family[Any]:
     model = form.from_published(content, edge or "published", config)
+    require_finite(model)
     if edge is None and not model.config.likelihood.sums_to_one:
         warnings.warn(
             "published checkpoint: the likelihood keeps the published mixture edge, so that published figures are "
@@ -112,7 +140,8 @@ def _published(
     return model
 
 
-def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> Loaded:
+def model_of(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> tuple[Family[Any], Held]:
+    """The model of a checkpoint of ours, in eval mode, and what its weights are. Raises UserError."""
     if (version := content.get("version")) != VERSION:
         raise UserError(f"a checkpoint of format {version}, this version of nvae reads format {VERSION}")
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
@@ -120,12 +149,37 @@ def _ours(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -
     config = model_config(content["config"], "config")
     model = build(config if edge is None else config.with_likelihood(edge=edge))
     averaged = content.get("ema") if weights == "ema" else None
+    load_weights(model, averaged or content["model"])
+    return model.eval(), "ema" if averaged else "published" if content.get("published") is not None else "raw"
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Weights into a model. Raises UserError, naming a tensor, for those of another model and for non-finite ones."""
     try:
-        model.load_state_dict(averaged or content["model"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError("its weights are of another model than its config describes") from error
-    model.mark_loaded()
-    return Loaded(model.eval(), "ema" if averaged else "published" if content.get("published") is not None else "raw")
+        reason = _difference(model.state_dict(), weights)
+        raise UserError(f"the weights are of another model than the config describes: {reason}") from error
+    require_finite(model)
+
+
+def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that does not fit, one of another shape before one that is missing or unknown."""
+    for name in [name for name in own if name in weights]:
+        shape = getattr(weights[name], "shape", ())
+        if own[name].shape != shape:
+            return f"'{name}' is {tuple(shape)}, not {tuple(own[name].shape)}"
+    for words, names in (("is missing", own.keys() - weights.keys()), ("is unknown", weights.keys() - own.keys())):
+        if names:
+            return f"'{min(names)}' {words}"
+    return None
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raises UserError, naming the first tensor with a number that is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"the weights are not finite, first at '{name}'")
 
 
 def model_config(config: dict[str, Any], source: str) -> ModelConfig:

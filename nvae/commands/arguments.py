@@ -9,6 +9,7 @@ from typing import get_args
 from ..core import distributed
 from ..core.errors import UserError
 from ..core.precision import Precision
+from ..kernels.operations import Mode, use
 from .subject import Subject, open_subject
 
 TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies ends the others
@@ -20,10 +21,12 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run folder, checkpoint, or published checkpoint")
     parser.add_argument("--config", type=Path, metavar="YAML", help="recipe with the data of a bare checkpoint")
     parser.add_argument("--data", type=Path, metavar="PATH", help="where the images are, if not where the config says")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results (default: the run's folder)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
     parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of whatever is computed")
+    parser.add_argument("--kernels", choices=get_args(Mode), default="auto", help="fast where right, or all plain")
     parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
     parser.add_argument(
         "--readjust", action="store_true", help="fit batch norm to the temperature of the samples first"
@@ -62,12 +65,14 @@ def numbers(text: str) -> list[float]:
 @contextmanager
 def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
     """The subject the arguments name, on this rank's device; the ranks part when the block ends."""
+    use(args.kernels)
     device = distributed.start(distributed.device_type(args.device, "--device"), TIMEOUT_MINUTES)
     try:
         yield open_subject(
             args.run,
             config=args.config,
             data=args.data,
+            out=args.out,
             weights=args.weights,
             mixture_edge=args.mixture_edge,
             device=device,

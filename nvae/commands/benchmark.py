@@ -1,4 +1,12 @@
-"""What scripts/benchmark.py measures: one function per action, each returns a table and the figures in it."""
+"""How fast this code is, beside the same network computed plainly (eager, NCHW, PyTorch's own gradients, no reuse).
+
+    %(prog)s --plain                                 everything, on the model of the docs
+    %(prog)s train --plain --precision fp32 bf16 --batch 1 4 16 64
+    %(prog)s train sample --model configs/cifar10.yaml --device cuda --precision fp16 --compile
+    %(prog)s train --profile traces
+
+All ways to do a thing take turns in one run; figures are medians, spread is half of what lies between quartiles.
+"""
 
 import argparse
 import json
@@ -8,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,10 +32,45 @@ from ..core.precision import AUTOCAST, precision_on
 from ..data.config import DataConfig
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
+from .arguments import natural
+from .command import command
 
 Figures = dict[str, Any]
 Table = tuple[list[str], Figures]
 """Lines to print, and the same for a machine."""
+
+
+def main() -> NoReturn:
+    """scripts/benchmark.py and nvae-benchmark."""
+    command(run)
+
+
+def run() -> int:
+    """What was asked for on the command line; the exit code."""
+    args = parse()
+    (run_all if args.profile is None else profile_all)(args)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*ACTIONS, []], help="default: everything")
+    parser.add_argument("--model", default="small", help=f"{', '.join(MODELS)}, or an NVAE recipe (default: small)")
+    parser.add_argument("--batch", type=natural, nargs="+", default=[16], help="images at once (default: 16)")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), default=["fp32", "bf16"])
+    parser.add_argument("--plain", action="store_true", help="the plain network as the yardstick")
+    parser.add_argument("--compile", action="store_true", help="compiled parts as well")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--rounds", type=natural, default=5, help="turns each way takes (default: 5)")
+    parser.add_argument("--keep-memory", action="store_true", help="no page faults in any way (glibc's allocator)")
+    parser.add_argument("--importance-samples", type=natural, default=10, metavar="K", help="default: 10")
+    parser.add_argument("--store", type=Path, help="data: a prepared store of 256×256 images, instead of a made one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write traces there instead")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------------------------------------- actions
 
 
 def workload_of(args: argparse.Namespace) -> Workload:

@@ -1,21 +1,21 @@
 """evaluate.py: bounds of a split, into results.json and onto the screen."""
 
-import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..core.distributed import barrier, from_rank_zero, rank, world_size
+from ..core.distributed import rank, world_size
 from ..core.errors import UserError
 from ..data.loading import Batch, evaluation_batches
 from ..data.sets import open_images
 from ..data.splits import Split
 from ..evaluation.bounds import check_samples, evaluate, has_importance_weights
-from ..evaluation.results import circumstances, key_of, read_results, record
-from ..models.base import Family
+from ..evaluation.results import once, table
+from ..kernels.fusion import compile_each
 from .subject import Subject
 
 DEFAULT_SAMPLES = 100
@@ -46,26 +46,42 @@ def samples_for(subject: Subject, asked: int | None) -> int:
 def evaluate_bounds(
     subject: Subject, asked: Measurement, batch: int | None = None, rows: int | None = None, compile_model: bool = False
 ) -> dict[str, Any]:
-    """The entry of results.json for a measurement: found there, or measured now by all ranks and added.
+    """The entry of results.json for a measurement: found there, or measured now by all ranks; printed.
 
     An evaluation that was stopped goes on where it was. `batch`: images encoded at once (None: the run's); `rows`:
     images × draws decoded at once (None: as suits their size). Raises UserError where compiling would change nothing.
     """
-    if compile_model and type(subject.model).compile_parts is Family.compile_parts:
+    if compile_model and not list(subject.model.parts()):
         raise UserError(f"--compile: {type(subject.model).__name__} names no parts to compile for evaluation; omit it")
-    identity = _identity(subject, asked)
-    results, key = subject.folder / "results.json", key_of(identity)
-    known: dict[str, Any] | None = from_rank_zero(read_results(results).get(key))
-    if known is not None:
-        if rank() == 0:
-            print(f"already in {results}")
-        return known
+
+    def measure(unfinished: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        model = subject.model.for_inference()
+        if compile_model:
+            compile_each(model.parts())
+        with subject.autocast():
+            evaluation = evaluate(
+                model,
+                _batches(subject, asked, batch or subject.data.batch),
+                draws=asked.draws,
+                importance_samples=asked.importance_samples,
+                seed=asked.seed,
+                rows=rows,
+                folder=unfinished,
+            )
+        entry = {**evaluation.entry(subject.model.config), "density": subject.model.density}
+        return {**entry, **subject.origin, "seconds": round(time.perf_counter() - started, 1), "ranks": world_size()}
+
+    return once(subject.folder, _identity(subject, asked), measure, table)
+
+
+def _batches(subject: Subject, asked: Measurement, size: int) -> Callable[[int], Iterable[Batch]]:
+    """This rank's share of the images asked for, of each test draw."""
     images, data = open_images(subject.data, asked.split), subject.data
     count = min(len(images), asked.limit or len(images))
-    size = batch or data.batch
 
-    def batches(draw: int) -> Iterable[Batch]:
-        shares = evaluation_batches(
+    def of_draw(draw: int) -> Iterable[Batch]:
+        share = evaluation_batches(
             images,
             data,
             batch=size,
@@ -77,39 +93,9 @@ def evaluate_bounds(
             stop=count,
         )
         total = -(-count // world_size() // size)
-        return tqdm(shares, f"{asked.split}, draw {draw}", total, unit="batch", disable=rank() != 0)
+        return tqdm(share, f"{asked.split}, draw {draw}", total, unit="batch", disable=rank() != 0)
 
-    started = time.perf_counter()
-    unfinished = subject.folder / "evaluation" / key.replace(" ", "_")
-    model = subject.model.for_inference()
-    if compile_model:
-        model.compile_parts()
-    with subject.autocast():
-        evaluation = evaluate(
-            model,
-            batches,
-            draws=asked.draws,
-            importance_samples=asked.importance_samples,
-            seed=asked.seed,
-            rows=rows,
-            folder=unfinished,
-        )
-    entry = {
-        **identity,
-        **evaluation.entry(subject.model.config),
-        "density": subject.model.density,
-        "checkpoint": subject.checkpoint.name,
-        "path": subject.images_path,
-        "trained_on": subject.trained_on,
-        "seconds": round(time.perf_counter() - started, 1),
-        "ranks": world_size(),
-        **circumstances(subject.device),
-    }
-    if rank() == 0:
-        record(results, key, entry)
-        shutil.rmtree(unfinished, ignore_errors=True)
-    barrier()
-    return entry
+    return of_draw
 
 
 def _identity(subject: Subject, asked: Measurement) -> dict[str, Any]:

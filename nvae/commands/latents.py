@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from ..core.distributed import rank
 from ..core.errors import UserError
@@ -18,7 +19,7 @@ from ..data.splits import Split
 from ..sampling import latent_space
 from ..sampling.images import sample_images, temperature_of
 from ..sampling.pictures import save_animation, save_png, strip
-from .samples import model_at
+from .prior import model_at
 from .subject import Subject
 
 ROWS = 8
@@ -27,19 +28,20 @@ ROWS = 8
 def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image beside its reconstructions from the first k latent groups, for each k asked for (none: from all)."""
     model = subject.model.for_inference()
-    images = images_of(subject, args.split, args.first, args.num, seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.count, seed=args.seed)
+    unpadded = center_crop(images, [subject.data.size])
     at = temperature_of(args.temperature[0], model)
     with subject.autocast():
         found = [
             latent_space.reconstruct(model, images, groups=groups, temperature=at, seed=args.seed)
             for groups in args.groups
         ]
-    yield str(_save(subject, "reconstructions", torch.stack([cropped(subject, images), *found])))
+    yield str(_save(subject, "reconstructions", torch.stack([unpadded, *found])))
 
 
 def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
     """From each image to another one: a strip, and an animation."""
-    images = images_of(subject, args.split, args.first, args.num, together=2, seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.count, together=2, seed=args.seed)
     first, second = images.chunk(2)
     with subject.autocast():
         frames = latent_space.interpolate(subject.model.for_inference(), first, second, args.steps, seed=args.seed)
@@ -53,7 +55,7 @@ def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image as one latent group is turned; the image as it is stands in the middle."""
-    images = images_of(subject, args.split, args.first, args.num, seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.count, seed=args.seed)
     with subject.autocast():
         frames = latent_space.traverse(subject.model.for_inference(), images, args.group, args.steps, seed=args.seed)
     yield str(_save(subject, f"traversal-group{args.group}", frames))
@@ -61,12 +63,13 @@ def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
     """Samples, each beside the training images nearest to it."""
-    model = model_at(subject, args.temperature[0], readjust=args.readjust, seed=args.seed)
-    at = temperature_of(args.temperature[0], model)
-    with subject.autocast():
-        samples = sample_images(model, range(args.num or ROWS), at, seed=args.seed)
     data = subject.data.model_copy(update={"binarize": False, "padding": 0})
     training = open_images(data, subject.reference_split)
+    if args.nearest > len(training):
+        raise UserError(f"--nearest: there are {len(training)} training images, found {args.nearest}")
+    model, at = model_at(subject, args.temperature[0], readjust=args.readjust, seed=args.seed)
+    with subject.autocast():
+        samples = sample_images(model, range(args.count or ROWS), at, seed=args.seed)
     batches = evaluation_batches(training, data, batch=1024, device=subject.device, seed=args.seed)
     _, positions = latent_space.nearest(samples, batches, args.nearest)
     found = training.read(positions.T.flatten().tolist()).to(samples) / training.levels
@@ -89,12 +92,6 @@ def images_of(
         images, subject.data, batch=count, device=subject.device, seed=seed, start=first, stop=first + count
     )
     return torch.cat([batch.images for batch in chosen])
-
-
-def cropped(subject: Subject, images: Tensor) -> Tensor:
-    """Images (…, H, W) without the border that is padding."""
-    border = subject.model.config.likelihood.border
-    return images[..., border : images.shape[-2] - border, border : images.shape[-1] - border]
 
 
 def _save(subject: Subject, name: str, frames: Tensor) -> Path:

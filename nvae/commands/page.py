@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from ..core.config import dump_yaml
 from ..core.distributed import rank
@@ -18,13 +19,12 @@ from ..evaluation.report import Chart, Page, Picture, Series, render
 from ..evaluation.results import read_results
 from ..models.base import Family
 from ..sampling import latent_space
-from ..sampling.images import sample_images
+from ..sampling.images import TEMPERATURES, sample_images
 from ..sampling.pictures import grid, png, strip
-from .latents import cropped, images_of
-from .samples import model_at
+from .latents import images_of
+from .prior import model_at
 from .subject import Subject
 
-TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 SAMPLES, COLUMNS = 32, 8
 IMAGES, STEPS = 10, 9
 CHARTS = (
@@ -54,7 +54,7 @@ def page_of(subject: Subject, *, seed: int = 0, readjust: bool = False) -> Page:
     """Everything on the page."""
     entries = read_results(subject.folder / "results.json").values()
     bounds = [entry for entry in entries if "estimates" in entry]
-    lines = _metrics(subject.folder / "metrics.jsonl")
+    lines = _metrics(subject.run / "metrics.jsonl" if subject.run else None)
     kl, active = _groups([entry for entry in bounds if entry["model"] == subject.fingerprint], lines)
     config = subject.config
     return Page(
@@ -89,9 +89,9 @@ def _facts(subject: Subject, active: Sequence[float]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------ curves
 
 
-def _metrics(path: Path) -> list[dict[str, float]]:
+def _metrics(path: Path | None) -> list[dict[str, float]]:
     """The lines that training wrote, NaN where a number was not finite; none for a bare checkpoint."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
@@ -123,8 +123,8 @@ def _numbered(line: Mapping[str, float], name: str) -> list[float]:
 
 def _samples(subject: Subject, seed: int, readjust: bool) -> Iterator[Picture]:
     for temperature in TEMPERATURES:
-        model = model_at(subject, [temperature], readjust=readjust, seed=seed)
-        images = sample_images(model, range(SAMPLES), temperature, seed=seed)
+        model, at = model_at(subject, [temperature], readjust=readjust, seed=seed)
+        images = sample_images(model, range(SAMPLES), at, seed=seed)
         yield Picture(f"temperature {temperature}", "", png(grid(images, COLUMNS)))
 
 
@@ -149,4 +149,4 @@ def _interpolation(model: Family[Any], images: Tensor, seed: int) -> Iterator[Pi
 
 def _rows(subject: Subject, images: Tensor, rebuilt: Tensor) -> bytes:
     """Images above what became of them."""
-    return png(grid(torch.cat([cropped(subject, images), rebuilt]), columns=len(images)))
+    return png(grid(torch.cat([center_crop(images, [subject.data.size]), rebuilt]), columns=len(images)))

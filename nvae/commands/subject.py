@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..bricks.likelihoods import MixtureEdge
-from ..checkpoints.loading import Held, Weights, checkpoint_file, load_checkpoint
+from ..checkpoints.loading import Held, Weights, load_checkpoint
 from ..core.distributed import from_rank_zero
 from ..core.errors import UserError
 from ..core.precision import Precision, allow_tf32, autocast, precision_on
@@ -18,10 +18,10 @@ from ..data.elsewhere import holds_training_images, images_at
 from ..data.images import fingerprint as images_fingerprint
 from ..data.sets import in_effect, known_as, open_unread, own_splits
 from ..data.splits import Split
-from ..evaluation.results import fingerprint
+from ..evaluation.results import circumstances, fingerprint
 from ..models.base import Family
-from ..training.content import content_in
-from ..training.run import AnyRunConfig, load_run, read_run_config, run_config
+from ..training.config import AnyRunConfig, read_run_config, run_config
+from ..training.content import trained_content
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Subject:
 
     model: Family[Any]
     config: AnyRunConfig | None
-    """Of the run; None for a bare checkpoint."""
+    """Of the run; None for a checkpoint of no run that came without a recipe."""
     checkpoint: Path
+    run: Path | None
+    """The run's folder; None for a bare checkpoint."""
     folder: Path
-    """The run's, or one beside a bare checkpoint."""
+    """Where results go."""
     weights: Held
     device: torch.device
     precision: Precision = "fp32"
@@ -42,7 +44,7 @@ class Subject:
 
     @property
     def data(self) -> DataConfig:
-        """Raises UserError where a bare checkpoint came without a config."""
+        """Raises UserError where a checkpoint of no run came without a recipe."""
         if self.config is None:
             raise UserError(f"{self.checkpoint}: says nothing of its data; name a recipe with --config configs/….yaml")
         data: DataConfig = self.config.data
@@ -53,11 +55,6 @@ class Subject:
         return str(from_rank_zero(known_as(self.data, split)))
 
     @property
-    def images_path(self) -> str | None:
-        """Where the images lie; None for those that lie nowhere."""
-        return None if self.data.path is None and not self.data.source.exists() else str(self.data.source)
-
-    @property
     def reference_split(self) -> Split:
         """The images that samples are held against: training images, or all where none are for training."""
         return "train" if "train" in own_splits(self.data) else "test"
@@ -66,6 +63,17 @@ class Subject:
     def fingerprint(self) -> str:
         """Of the weights, as loaded."""
         return fingerprint(self.model)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where figures come from: what an entry of results.json says without their depending on it."""
+        nowhere = self.data.path is None and not self.data.source.exists()
+        return {
+            "checkpoint": self.checkpoint.name,
+            "path": None if nowhere else str(self.data.source),
+            "trained_on": self.trained_on,
+            **circumstances(self.device),
+        }
 
     def content(self, split: Split, limit: int | None = None) -> str:
         """Fingerprint of the images of a split, or of the first `limit`, as the first rank finds them."""
@@ -82,47 +90,46 @@ def open_subject(
     *,
     config: Path | None = None,
     data: Path | None = None,
+    out: Path | None = None,
     weights: Weights = "ema",
     mixture_edge: MixtureEdge | None = None,
     device: torch.device,
     precision: Precision = "fp32",
 ) -> Subject:
-    """A run folder, a checkpoint of one, or any other checkpoint (`config`, a recipe, then says what data it is for).
+    """A run folder, a checkpoint of a run, or any other checkpoint.
 
-    `data` is where other images are, or the same; what they are, they say themselves (`images_at`).
+    `config`, a recipe, says what data it is for where the checkpoint does not. `data` is where other images are, or the
+    same ones: what they are, they say themselves (`images_at`). Results go to `out`, by default the run's folder, or
+    one beside a bare checkpoint.
 
     Raises UserError for what cannot be loaded, for a recipe whose data is not what the model takes, and for a precision
     that the device lacks.
     """
     precision = precision_on(device, precision, "--precision")
     allow_tf32(precision)
-    checkpoint = checkpoint_file(path)
-    run_folder = checkpoint.parent.parent
-    in_a_run = (run_folder / "config.yaml").is_file() and checkpoint.parent.name == "checkpoints"
-    recipe, trained_on = None, False
-    if config is not None:
-        recipe = read_run_config(config, [])
-    elif in_a_run:
-        recipe = load_run(run_folder)
-    model, held = load_checkpoint(checkpoint, recipe.model if recipe else None, mixture_edge, weights)
+    recipe: AnyRunConfig | None = None if config is None else read_run_config(config, [])
+    model, held, file, written = load_checkpoint(path, recipe.model if recipe else None, mixture_edge, weights)
     if recipe is not None:
-        plain = {**recipe.model_dump(mode="json"), "model": model.config.model_dump(mode="json")}
-        recipe = run_config(plain, f"{checkpoint} with the data of {config or run_folder / 'config.yaml'}")
-        images = recipe.data if config is not None else in_effect(recipe.data)
-        if data is not None:
-            images = images_at(data, recipe.data)
-            begun_on = content_in(run_folder).get("train") if in_a_run else None
-            trained_on = begun_on is not None and holds_training_images(
-                images, begun_on.fingerprint, recipe.data.holdout
-            )
+        written = recipe.model_dump(mode="json")
+    if written is not None:
+        written = {**written, "model": model.config.model_dump(mode="json")}
+        recipe = run_config(written, f"{file} with the data of {config}" if config else str(file))
+    in_a_run = file.parent.name == "checkpoints" and (file.parent.parent / "config.yaml").is_file()
+    run, trained_on = file.parent.parent if in_a_run else None, False
+    if recipe is not None and config is None:  # a field without effect is refused before training, but once was not
+        recipe = recipe.model_copy(update={"data": in_effect(recipe.data)})
+    if data is not None:
+        if recipe is None:
+            raise UserError(f"--data: {file} does not say how it takes images; name a recipe with --config")
+        images = images_at(data, recipe.data)
+        trained_on = run is not None and holds_training_images(images, trained_content(run), recipe.data.holdout)
         recipe = recipe.model_copy(update={"data": images})
-    elif data is not None:
-        raise UserError(f"--data: {checkpoint} says nothing of its data; name a recipe with --config configs/….yaml")
     return Subject(
         model=model.to(device),
         config=recipe,
-        checkpoint=checkpoint,
-        folder=run_folder if in_a_run else checkpoint.with_suffix(""),
+        checkpoint=file,
+        run=run,
+        folder=out or run or file.with_suffix(""),
         weights=held,
         device=device,
         precision=precision,

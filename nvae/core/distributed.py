@@ -1,12 +1,12 @@
 """Ranks: the process group that torchrun describes, and the few reductions the rest of the code needs.
 
 One process needs no process group: every function here is then the identity. `all_mean` is the only one through
-which gradients flow, and the only one bricks may use.
+which gradients flow, and the only one that a pass through bricks may use.
 """
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -124,6 +124,15 @@ def from_rank_zero(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@torch.no_grad()
+def to_all_ranks(tensors: Iterable[Tensor]) -> None:
+    """Gives rank 0's numbers to the tensors of every rank, in place."""
+    for tensor in tensors if is_distributed() else ():
+        numbers = tensor.detach().contiguous()
+        dist.broadcast(numbers, src=0)
+        tensor.copy_(numbers)
 
 
 def barrier() -> None:

@@ -33,6 +33,11 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+def computed_in(precision: Precision) -> list[torch.dtype]:
+    """The types that numbers are computed in: float32 and, where it is mixed, the smaller one."""
+    return [torch.float32, *([AUTOCAST[precision]] if precision in AUTOCAST else [])]
+
+
 def allow_tf32(precision: Precision) -> None:
     """Lets float32 products round to TF32 on CUDA, or not, for this process."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

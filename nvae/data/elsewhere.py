@@ -41,12 +41,12 @@ def _store_at(path: Path, config: DataConfig) -> DataConfig:
     return _foreign(path, config).model_copy(update=update)
 
 
-def holds_training_images(config: DataConfig, trained_on: str, holdout: float) -> bool:
+def holds_training_images(config: DataConfig, trained_on: str | None, holdout: float) -> bool:
     """True where all images at a path are measured, and a run was trained on most of them.
 
     `trained_on` is the fingerprint of the run's training images, `holdout` what it kept for testing.
     """
-    if config.holdout < 1:
+    if config.holdout < 1 or trained_on is None:
         return False
     try:
         images = open_unread(config.model_copy(update={"holdout": holdout}), "train")

@@ -24,6 +24,8 @@ class Batch:
     """(B, C, H, W) float32 in [0, 1] on the device: flipped, binarised and padded."""
     indices: list[int]
     """Training: the number of each draw among all ever drawn, over ranks and epochs. Evaluation: place in the split."""
+    labels: Tensor
+    """(B,) int64 classes on the device, −1 where unknown."""
 
 
 class TrainingStream:
@@ -135,4 +137,5 @@ def _finished(pixels: Tensor, indices: list[int], levels: int, config: DataConfi
     grey = pixels.to(torch.float32).div_(torch.tensor(float(levels), device=pixels.device))
     if config.binarize:
         grey = (keyed_uniform(grey.shape, indices, seed, stream, grey.device) < grey).to(torch.float32)
-    return Batch(F.pad(grey, (config.padding,) * 4) if config.padding else grey, indices)
+    labels = torch.full((len(indices),), -1, device=grey.device)
+    return Batch(F.pad(grey, (config.padding,) * 4) if config.padding else grey, indices, labels)

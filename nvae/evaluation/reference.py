@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Unit = Literal["nats", "bits/dim"]
 
@@ -62,6 +62,39 @@ PUBLISHED = (
 """Bounds with 1000 importance samples on the test split, unless the note says otherwise."""
 
 PUBLISHED_SAMPLES = 1000
+
+
+class Row(NamedTuple):
+    """A line of the table in which a model stands beside published ones."""
+
+    value: float
+    model: str
+    note: str
+    error: float | None = None
+    """Standard error over images; of the model evaluated only."""
+
+
+def beside_published(entry: Mapping[str, Any]) -> tuple[Unit, list[Row]]:
+    """The unit, and the model of an entry of `results.json` among the published ones of its set, best first."""
+    unit = unit_for(entry["data"], entry["likelihood"])
+    value, error = value_in(unit, best_bound(entry))
+    ours = Row(value, "this model", f"{entry['importance_samples']} samples", error)
+    theirs = [Row(result.value, result.model, result.note) for result in published_for(entry["data"])]
+    return unit, sorted([ours, *theirs], key=lambda row: row.value)
+
+
+def best_bound(entry: Mapping[str, Any]) -> Mapping[str, float]:
+    """The tightest bound of an entry: with most importance samples, or the negative ELBO for a single one."""
+    estimates: Mapping[str, Mapping[str, float]] = entry["estimates"]
+    name = f"bound_{entry['importance_samples']}"
+    return estimates[name] if entry["importance_samples"] > 1 else estimates["nelbo"]
+
+
+def value_in(unit: str, estimate: Mapping[str, float]) -> tuple[float, float]:
+    """An estimate and its standard error over images, in nats or bits/dim."""
+    if unit == "nats":
+        return estimate["nats"], estimate["standard_error"]
+    return estimate["bits_per_dim"], estimate["bits_per_dim_standard_error"]
 
 
 def published_for(data: str) -> list[PublishedResult]:

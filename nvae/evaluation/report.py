@@ -18,8 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from .reference import published_for, reservations, unit_for
-from .results import best_bound, label_of, value_in
+from .reference import beside_published, reservations, value_in
+from .results import label_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
 INK = "#010203"
@@ -123,11 +123,12 @@ def _results(entry: Mapping[str, Any]) -> str:
 
 
 def _beside_published(entry: Mapping[str, Any]) -> str:
-    unit = unit_for(entry["data"], entry["likelihood"])
-    value, error = value_in(unit, best_bound(entry))
-    rows = [(value, "ours", f"this model, ± {error:.3f}", f"{entry['importance_samples']} samples")]
-    rows += [(p.value, "", p.model, p.note) for p in published_for(entry["data"])]
-    body = [(mark, [model, f"{number:.{3 if mark else 2}f}", note]) for number, mark, model, note in sorted(rows)]
+    unit, rows = beside_published(entry)
+    body = []
+    for row in rows:
+        is_ours = row.error is not None
+        model = f"{row.model}, ± {row.error:.3f}" if is_ours else row.model
+        body.append(("ours" if is_ours else "", [model, f"{row.value:.{3 if is_ours else 2}f}", row.note]))
     notes = "".join(f'<p class="note soft">{_text(reservation)}.</p>' for reservation in reservations(entry))
     return _table(f"Beside published figures, {unit}", ("model", unit, ""), body) + notes
 

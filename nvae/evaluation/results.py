@@ -1,21 +1,22 @@
 """results.json: every evaluation of a run by what it measured, never overwritten; and the table people read."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..core.distributed import barrier, from_rank_zero, rank
 from ..core.errors import UserError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, lock, require_writable
 from ..models.base import Family
-from .reference import published_for, reservations, unit_for
+from .reference import beside_published, reservations, value_in
 
 
 def fingerprint(model: Family[Any]) -> str:
@@ -45,13 +46,42 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def record(path: Path, key: str, entry: Mapping[str, Any]) -> None:
     """Adds an entry under its key. One that is there already stays as it is. Safe beside other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(path.parent / f".{path.name}.lock"):
         entries = read_results(path)
         entries.setdefault(key, dict(entry))
         with atomic_file(path) as file:
             file.write((json.dumps(entries, indent=1, allow_nan=True) + "\n").encode())
+
+
+def once(
+    folder: Path,
+    identity: Mapping[str, Any],
+    measure: Callable[[Path], Mapping[str, Any]],
+    show: Callable[[Mapping[str, Any]], str],
+) -> dict[str, Any]:
+    """The entry of results.json for an identity: found there, or measured now by all ranks and added. It is printed.
+
+    `measure` is given a folder for what it has found by the time that it is stopped; what it returns stands behind the
+    identity. Raises OSError, before anything is measured, where `folder` cannot be written.
+    """
+    path, key = folder / "results.json", key_of(identity)
+    entry: dict[str, Any] | None = from_rank_zero(read_results(path).get(key))
+    if entry is not None:
+        if rank() == 0:
+            print(f"already in {path}\n{show(entry)}")
+        return entry
+    if rank() == 0:
+        require_writable(folder)
+    unfinished = folder / "evaluation" / key.replace(" ", "_")
+    entry = {**identity, **measure(unfinished)}
+    if rank() == 0:
+        try:
+            print(show(entry), flush=True)
+        finally:
+            record(path, key, entry)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    barrier()
+    return entry
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
@@ -73,20 +103,6 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 def table(entry: Mapping[str, Any]) -> str:
     """An entry as text: the estimates, latents by group, the published figures beside, and what to keep in mind."""
     return "\n".join([*_estimates(entry), "", *_groups(entry), "", *_published(entry)])
-
-
-def value_in(unit: str, estimate: Mapping[str, float]) -> tuple[float, float]:
-    """An estimate and its standard error over images, in nats or bits/dim."""
-    if unit == "nats":
-        return estimate["nats"], estimate["standard_error"]
-    return estimate["bits_per_dim"], estimate["bits_per_dim_standard_error"]
-
-
-def best_bound(entry: Mapping[str, Any]) -> Mapping[str, float]:
-    """The tightest bound of an entry: with most importance samples, or the negative ELBO for a single one."""
-    estimates: Mapping[str, Mapping[str, float]] = entry["estimates"]
-    name = f"bound_{entry['importance_samples']}"
-    return estimates[name] if entry["importance_samples"] > 1 else estimates["nelbo"]
 
 
 LABELS = {"nelbo": "negative ELBO", "reconstruction": "  reconstruction", "kl": "  KL"}
@@ -120,13 +136,13 @@ def _groups(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _published(entry: Mapping[str, Any]) -> list[str]:
-    unit = unit_for(entry["data"], entry["likelihood"])
-    value, error = value_in(unit, best_bound(entry))
+    unit, rows = beside_published(entry)
     digits = 2 if unit == "nats" else 3
-    rows = [(value, f"this model, ± {error:.{digits}f}")]
-    rows += [(p.value, p.model + (f" ({p.note})" if p.note else "")) for p in published_for(entry["data"])]
     lines = [f"{unit}, beside published figures"]
-    lines += [f"{number:>9.{digits}f}  {name}" for number, name in sorted(rows)]
+    for row in rows:
+        name = f"{row.model}, ± {row.error:.{digits}f}" if row.error is not None else row.model
+        note = f" ({row.note})" if row.note and row.error is None else ""
+        lines.append(f"{row.value:>9.{digits}f}  {name}{note}")
     return lines + [f"note: {reservation}" for reservation in reservations(entry)]
 
 

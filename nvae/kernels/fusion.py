@@ -1,30 +1,37 @@
 """Passes over memory: functions of tensors compiled into one kernel each, C++ on the CPU and Triton on GPUs.
 
 `fused` marks such a function. It is written once, in plain PyTorch; `torch.compile` makes its kernel at the first
-call for a kind of input and keeps it on disk. Inside a larger compiled region the function is simply a part of it.
-Without a compiler it runs as it is written, and one warning says so.
+call for a kind of input and keeps it on disk. At its first use on a device the kernel is compared there with the
+function as it is written, on a small input; one that differs or cannot be made is left out. Inside a larger compiled
+region the function is simply a part of it. Without a compiler, or plainly, it runs as it is written.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import _config as shapes
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from . import operations
+from .compilers import compiles
+from .judging import difference
+from .verdicts import SOUND, verdict
+from .watching import watched
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Call = tuple[Any, ...]
 
 WORTH_COMPILING = 2**14
 """Tensors with fewer elements than this run uncompiled: a kernel's gain, below 0.05 ms, would not pay for making it."""
 KINDS_OF_CALLS = 256
 """How many kinds of calls (sizes, types, modes) one function may be compiled for; one more is an error, never a silent
 return to uncompiled code."""
+SMALL = 8
+"""Rows and columns of the images that kernels are compared on."""
 
 RECOMPILE_LIMIT = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
 """Dynamo's name for that limit; the second is torch 2.6's."""
@@ -45,16 +52,30 @@ def compile_each(modules: Iterable[nn.Module]) -> None:
         module.compile(dynamic=False)
 
 
-def fused(*, dynamic: bool, least: int = WORTH_COMPILING) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def cropped(*args: Any) -> Call:
+    """The arguments with images (B, C, H, W) cut to their first rows and columns, in the same order of memory."""
+    return tuple(_corner(arg) if isinstance(arg, Tensor) and arg.dim() == 4 else arg for arg in args)
+
+
+def _corner(image: Tensor) -> Tensor:
+    return image[:, :, :SMALL, :SMALL].clone(memory_format=torch.preserve_format)
+
+
+def fused(
+    *, dynamic: bool, least: int | None = None, small: Callable[..., Call] = cropped
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compiles a function of tensors at its first call on a device that has a compiler; the first argument decides.
 
     `dynamic`: one kernel for all sizes, else one for each; `least`: the number of elements from which on it is worth
-    making. The function modifies no argument and passes no gradient.
+    making (None: `WORTH_COMPILING`); `small` makes of a call's arguments the small ones that the kernel is compared on.
+    The function modifies no argument and passes no gradient.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+        name = f"{function.__module__.removeprefix('nvae.')}.{function.__name__}"
         met: set[Any] = set()  # kinds of calls that surely compile nothing
+        sound: dict[tuple[torch.device, torch.dtype], bool] = {}
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -63,14 +84,38 @@ def fused(*, dynamic: bool, least: int = WORTH_COMPILING) -> Callable[[Callable[
             if torch.is_grad_enabled():
                 with torch.no_grad():
                     return call(*args, **kwargs)
+            assert isinstance(args[0], Tensor)
+            place = (args[0].device, args[0].dtype)
+            if place not in sound:
+                sound[place] = judged(args, *place)
+            if not sound[place]:
+                return function(*args, **kwargs)
             kind = (torch.get_num_threads(), torch.is_autocast_enabled(), *map(_kind, args))
             if kind in met:
                 return compiled(*args, **kwargs)
-            # Sizes that happen to be equal are no reason for a kernel of its own.
-            with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                result: R = compiled(*args, **kwargs)
+            result = made(*args, **kwargs)
             met.add(kind)
             return result
+
+        def made(*args: Any, **kwargs: Any) -> R:
+            """Sizes that happen to be equal are no reason for a kernel of its own."""
+            with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return compiled(*args, **kwargs)
+
+        def judged(args: Call, device: torch.device, dtype: torch.dtype) -> bool:
+            """Compiled for the call itself first: sizes as they come decide how a kernel is made."""
+
+            def judge() -> str:
+                def kernel(*few: Any) -> Any:
+                    return made(*few) if not torch.is_grad_enabled() else NotImplemented
+
+                try:
+                    made(*args)
+                except Exception as error:
+                    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                return difference(function, kernel, [small(*args)], dtype) or SOUND
+
+            return verdict(f"{name} (compiled)", device, dtype, judge) == SOUND
 
         return call
 
@@ -85,41 +130,9 @@ def _kind(argument: object) -> object:
     return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad, base
 
 
-def watched(x: Tensor) -> bool:
-    """True where somebody watches every operator: a FLOP counter, fake tensors."""
-    return isinstance(x, FakeTensor) or _get_current_dispatch_mode() is not None
-
-
-def _worth_compiling(x: object, least: int) -> bool:
-    """False for small tensors, and where somebody watches."""
+def _worth_compiling(x: object, least: int | None) -> bool:
+    """False for small tensors, plainly, and where somebody watches."""
     assert isinstance(x, Tensor)
-    return x.numel() >= least and not watched(x) and compiles(x.device.type)
-
-
-@cache
-def compiles(device_type: str) -> bool:
-    """Whether `torch.compile` has what it needs for a type of device; says so once where it has not."""
-    if device_type == "cpu":
-        found, needed = _has_cpp_compiler(), "a C++ compiler (g++ or clang++)"
-    else:
-        found, needed = _has_triton(), "Triton"
-    if not found:
-        warnings.warn(f"no fused kernels on {device_type}, which need {needed}: everything runs, slower", stacklevel=4)
-    return found
-
-
-def _has_cpp_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
+    if operations.is_plain() or x.numel() < (WORTH_COMPILING if least is None else least):
         return False
-    return True
-
-
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return bool(has_triton())
+    return not watched(x) and compiles(x.device.type)

@@ -8,7 +8,6 @@ directory never run each other's code.
 import ctypes
 import hashlib
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..core.files import atomic_file
-from .fusion import compiles
+from .compilers import compiles
+from .machine import cache_folder, processor
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
 
@@ -36,7 +36,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     try:
         compiler = get_cpp_compiler()
         texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
-        parts = (*texts, *FLAGS, _version(compiler), _processor())
+        parts = (*texts, *FLAGS, _version(compiler), processor())
         name = f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
         return _kept(name) or _compiled(compiler, source, name)
     except (OSError, subprocess.SubprocessError) as error:
@@ -69,16 +69,6 @@ def addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def cache_folder() -> Path | None:
-    """Where libraries are kept: nvae/ in the user's cache folder, if there is such a thing."""
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "nvae"
-    try:
-        return Path.home() / ".cache" / "nvae"
-    except RuntimeError:
-        return None
-
-
 def _kept(name: str) -> ctypes.CDLL | None:
     """A library made before, by this user; None where there is none that loads."""
     folder = cache_folder()
@@ -104,13 +94,3 @@ def _compiled(compiler: str, source: Path, name: str) -> ctypes.CDLL:
 
 def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-
-
-def _processor() -> str:
-    """What the processor can do, as the system lists it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
-    return "\n".join([platform.machine(), *dict.fromkeys(features)])

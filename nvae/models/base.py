@@ -5,21 +5,22 @@ Shapes: B batch, C image channels, H W space, G latent groups (top-down), L late
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..bricks.latents import Normal, Score
+from ..bricks.latents import Draw, Normal
 from ..bricks.likelihoods import Likelihood, LikelihoodConfig
 from ..core.config import Config
 from ..core.errors import UserError
 
-Density = Literal["exact", "bound", "none"]
+Density = Literal["exact", "bound", "point", "none"]
+LatentKind = Literal["normal", "discrete"]
 Recomputation = Literal["none", "activations", "cells"]
 Temperature = float | Sequence[float]
 Noise = Sequence[Tensor]
@@ -27,12 +28,17 @@ Metrics = dict[str, Tensor]
 
 
 class ModelConfig(Config):
+    takes_squared_error: ClassVar[bool] = False
+    """Whether the family makes sense without a likelihood."""
+
     family: str
     """Which family of models: `nvae`, or `package.module:Class` for one of your own."""
     image_size: int = Field(32, ge=1)
     """Height and width of the model's input in pixels, padding included."""
     image_channels: Literal[1, 3] = 3
     """1 for grey or binary images, 3 for RGB."""
+    classes: int = Field(0, ge=0)
+    """Classes that an image may be said to be of, numbered from 0. 0: the model takes no labels."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
 
     @model_validator(mode="after")
@@ -41,6 +47,8 @@ class ModelConfig(Config):
             raise ValueError("likelihood.kind: bernoulli is for one-channel images, image_channels is 3")
         if self.likelihood.kind == "normal" and self.image_channels != 3:
             raise ValueError("likelihood.kind: normal is for RGB images, image_channels is 1")
+        if self.likelihood.kind == "squared_error" and not self.takes_squared_error:
+            raise ValueError(f"likelihood.kind: squared_error is no likelihood, which family {self.family} needs")
         if 2 * self.likelihood.border >= self.image_size:
             raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
         return self
@@ -49,24 +57,21 @@ class ModelConfig(Config):
         """The same model with some fields of its likelihood changed."""
         return self.model_copy(update={"likelihood": self.likelihood.model_copy(update=fields)})
 
-    def settled(self, saved: Self | None, images: Iterable[Tensor]) -> Self:
-        """The config with what it leaves open as `saved`, the run's own, has it, or else measured on training images.
+    def continuing(self, saved: "ModelConfig") -> Self:
+        """The config of a run that goes on from weights whose config is `saved`: what is left open now is as it was."""
+        return self
 
-        `images` are batches (B, C, H, W) in [0, 1], read only where they are needed. Here nothing is left open.
-        """
+    @property
+    def foundation(self) -> str | None:
+        """A run or checkpoint whose model becomes a part of this one when a run begins; None where there is none."""
+        return None
+
+    def built_on(self, source: "ModelConfig") -> Self:
+        """The config once that model's is known, to be kept. Raises UserError where they don't fit."""
         return self
 
 
-class Draw(NamedTuple):
-    """What one group of Normal latents makes of a batch, and of the decoder's state."""
-
-    state: Tensor
-    """(B, C, h, w), with z in it."""
-    z: Tensor
-    """(B, L, h, w)."""
-    score: Score
-    posterior: Normal
-    prior: Normal
+# ------------------------------------------------------------------------------------------------ what families give
 
 
 @dataclass
@@ -84,15 +89,15 @@ class Output:
     log_p: Tensor | None
     """(B,) nats, log p(z) at the draw; None likewise."""
     z: list[Tensor]
-    """The latents (B, L, h, w), top-down."""
+    """The latents, top-down, each of the shape of its noise: (B, L, h, w); of discrete ones the indices, int64."""
     posterior: list[Normal] = field(default_factory=list)
-    """q(z | x) of each group, before its flow, top-down; empty where latents are not Normal, and maybe in training."""
+    """q(z | x) of each group, before its flow, top-down; empty for discrete latents, and maybe in training."""
     prior: list[Normal] = field(default_factory=list)
     """p(z) of each group likewise."""
 
     @staticmethod
-    def of(likelihood: Likelihood, target: Tensor, draws: Sequence[Draw], *, distributions: bool = True) -> "Output":
-        """From the draws of all groups, top-down; without their distributions if those are not asked for."""
+    def of(likelihood: Likelihood, target: Tensor, draws: Sequence[Draw]) -> "Output":
+        """From the draws of all groups, top-down."""
         return Output(
             likelihood,
             target,
@@ -100,8 +105,8 @@ class Output:
             log_q=torch.stack([draw.score.log_q for draw in draws]).sum(0),
             log_p=torch.stack([draw.score.log_p for draw in draws]).sum(0),
             z=[draw.z for draw in draws],
-            posterior=[draw.posterior for draw in draws] if distributions else [],
-            prior=[draw.prior for draw in draws] if distributions else [],
+            posterior=[draw.posterior for draw in draws],
+            prior=[draw.prior for draw in draws],
         )
 
     @cached_property
@@ -130,28 +135,108 @@ class Features(Protocol):
         so that its (times·B,) log weights reshape to (times, B)."""
 
 
+class TopDown(ABC):
+    """A pass through groups of Normal latents, top-down, one at a time.
+
+    The next group has a prior, and a posterior where the pass has features; once a z has entered, the one after it is
+    next. After the last one there is a likelihood.
+    """
+
+    @abstractmethod
+    def prior(self, temperature: float = 1.0) -> Normal:
+        """p(z) of the next group, given what has entered: (B, L, h, w), σ times the temperature."""
+
+    @abstractmethod
+    def posterior(self) -> Normal:
+        """q(z | x) of the next group, given what has entered; with flows, of the draw of which `flowed` makes z."""
+
+    def flowed(self, drawn: Tensor) -> Tensor:
+        """The z of a draw from the next group's posterior: what its flows make of it, or itself without any."""
+        return drawn
+
+    @abstractmethod
+    def enter(self, z: Tensor) -> None:
+        """Takes the z (B, L, h, w) of the next group in."""
+
+    @abstractmethod
+    def draw(self, noise: Tensor, given: Tensor | None = None) -> Draw:
+        """All that `decode` does at the next group: a draw from its posterior, or the given z, is scored and enters."""
+
+    @abstractmethod
+    def likelihood(self) -> Likelihood:
+        """p(x | z), after the last group."""
+
+
+# ------------------------------------------------------------------------------------------------ what they are given
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """What all ranks together take in one pass of training; each rank has all of it."""
+
+    images: Tensor
+    """(B, C, H, W) in [0, 1], on the model's device."""
+    labels: Tensor
+    """(B,) int64, −1 where unknown."""
+    noise: Callable[[], Noise]
+    """Draws the noise with which training will see them."""
+
+
+@dataclass(frozen=True)
+class FirstImages:
+    """What a new run sees first, the same on every rank and in every iteration."""
+
+    batches: Iterable[FirstBatch]
+    """From the first on; possibly without end."""
+    epoch_size: int
+    """Images in the training set."""
+    seed: int
+    """Of the run."""
+
+    def images(self, limit: int) -> Iterator[Tensor]:
+        """Batches of the first `limit` images, or of all where an epoch has fewer."""
+        left = min(limit, self.epoch_size)
+        for batch in self.batches:
+            yield batch.images[:left]
+            left -= len(batch.images)
+            if left <= 0:
+                return
+
+
+# ------------------------------------------------------------------------------------------------------- the family
+
+
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
 
 class Family(nn.Module, ABC, Generic[ConfigT]):
-    """A hierarchical VAE. `noise` is one standard-normal tensor per group, top-down; None draws fresh ones."""
+    """A hierarchical VAE.
+
+    `noise` is one standard-normal tensor per group, top-down; None draws fresh ones. Discrete latents are drawn by it
+    through its distribution function. `labels` are (B,) int64 classes, −1 where unknown; None knows none.
+    """
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own config."""
-    density: ClassVar[Density] = "bound"
-    """Whether log p(x) is computed exactly, bounded (importance weights exist), or not available."""
+    latent_kind: ClassVar[LatentKind] = "normal"
+    """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
+    density: Density = "bound"
+    """Whether log p(x) is computed exactly, bounded (importance weights exist), bounded by one point of the latents
+    (all draws are the same), or not available."""
 
     def __init__(self, config: ConfigT) -> None:
         super().__init__()
         self.config = config
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Output:
+    # ------------------------------------------------------------------------------------------------------- passes
+
+    def forward(self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None) -> Output:
         """Encodes and decodes images (B, C, H, W) in [0, 1], quantising them itself."""
-        return self.decode(self.encode(x), noise=noise)
+        return self.decode(self.encode(x, labels), noise=noise)
 
     @abstractmethod
-    def encode(self, x: Tensor) -> Features:
-        """The deterministic bottom-up pass: features for any number of `decode` calls."""
+    def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
+        """The deterministic bottom-up pass: features, labels among them, for any number of `decode` calls."""
 
     @abstractmethod
     def decode(self, features: Any, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
@@ -164,15 +249,76 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         temperature: Temperature = 1.0,
         noise: Noise | None = None,
         latents: Sequence[Tensor] | None = None,
+        labels: Tensor | None = None,
     ) -> Likelihood:
         """n draws from the prior, its σ times the temperature (a number, or one per group, top-down).
 
         `latents` gives the first groups, top-down; the rest is drawn.
         """
 
+    def top_down(self, features: Any = None, n: int = 1, labels: Tensor | None = None) -> TopDown:
+        """A pass through the groups one by one, of encoded images, or without them of n images from the prior.
+
+        Raises UserError for a family that offers none.
+        """
+        raise UserError(f"{type(self).__name__}: its groups cannot be stepped through one by one")
+
     @abstractmethod
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
-        """The shape of each group's noise for n images, top-down."""
+        """The shape of each group's noise for n images, which is that of its z, top-down."""
+
+    # ----------------------------------------------------------------------------------------------------- training
+
+    def begin(self, first: FirstImages) -> None:
+        """Sets what starts from data: nothing by default.
+
+        Called once for each new run, on every rank, before its first update, in training mode and without autocast;
+        not for weights that were trained before. Every rank must come to the same result.
+        """
+
+    def take_in(self, source: "Family[Any]") -> None:
+        """Makes the weights of the model that the config is `built_on` a part of this one, once, before `begin`."""
+
+    @abstractmethod
+    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+        """The scalar to minimise at a fraction of training done, and detached metrics to log.
+
+        The scalar is in the family's own unit: thresholds on gradient norms and the optimiser's eps are meant for it.
+        Metrics are in nats per image, among them `nelbo` (the true one), `reconstruction` and `kl`.
+        """
+
+    def after_update(self, seed: int, step: int, progress: float) -> Metrics:
+        """What learns otherwise than by gradients learns now, from the passes since the last update; metrics to log.
+
+        Called on every rank after each update of the weights, `step` counted from 0 and `progress` the fraction of
+        training done. Every rank must come to the same result.
+        """
+        return {}
+
+    def after_skip(self) -> None:
+        """Forgets what those passes left behind, where an update was not made."""
+
+    def copied(self) -> Collection[str]:
+        """Names in `state_dict` of what an average of the weights takes over as it is."""
+        return ()
+
+    def set_recomputation(self, mode: Recomputation) -> None:
+        """What the backward pass computes again instead of keeping it. Raises UserError where a mode is not offered."""
+        if mode != "none":
+            raise UserError(f"train.recompute: {type(self).__name__} offers none, found '{mode}'")
+
+    def parts(self) -> Iterable[nn.Module]:
+        """The modules that its depth is made of, to be compiled one by one; those of a kind share their code."""
+        return ()
+
+    def for_inference(self) -> "Family[ConfigT]":
+        """A model for evaluation and sampling with the weights of now, in eval mode: same numbers, less work.
+
+        This one stays as it is, unless the family has no faster form: then it is the answer itself.
+        """
+        return self.eval()
+
+    # ------------------------------------------------------------------------------------------------- what they take
 
     def noise_for(self, n: int, noise: Noise | None) -> Noise:
         """The given noise for n images, or fresh one. Raises UserError where it does not fit the groups."""
@@ -193,40 +339,14 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
             if tensor.shape != shape:
                 raise UserError(f"{name}: group {g} takes {shape}, found {tuple(tensor.shape)}")
 
-    @abstractmethod
-    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
-        """The scalar to minimise at a fraction of training done, and detached metrics to log.
-
-        The scalar is in the family's own unit: thresholds on gradient norms and the optimiser's eps are meant for it.
-        Metrics are in nats per image, among them `nelbo` (the true one), `reconstruction` and `kl`.
-        """
-
-    def set_recomputation(self, mode: Recomputation) -> None:
-        """What the backward pass computes again instead of keeping it. Raises UserError where a mode is not offered."""
-        if mode != "none":
-            raise UserError(f"train.recompute: {type(self).__name__} offers none, found '{mode}'")
-
-    def for_inference(self) -> "Family[ConfigT]":
-        """A model for evaluation and sampling with the weights of now, in eval mode: same numbers, less work.
-
-        This one stays as it is, unless the family has no faster form: then it is the answer itself.
-        """
-        return self.eval()
-
-    def compile_parts(self) -> None:
-        """Compiles, in place, the parts whose compilation pays (`torch.compile`); the first passes then take longer.
-
-        Here that is `forward`, which training calls and evaluation does not: a family names its parts itself.
-        """
-        self.compile()
-
-    @property
-    def has_started(self) -> bool:
-        """False while the next pass in training mode sets weights from its images, before it computes anything."""
-        return True
-
-    def mark_loaded(self) -> None:
-        """Called after weights were loaded: whatever starts from data counts as started."""
+    def check_labels(self, labels: Tensor | None, n: int) -> None:
+        """Raises UserError for labels of a model that takes none, or of another number than n images."""
+        if labels is None:
+            return
+        if self.config.classes == 0:
+            raise UserError(f"labels: this {type(self).__name__} takes none, its model.classes is 0")
+        if labels.shape != (n,):
+            raise UserError(f"labels: {n} images take ({n},), found {tuple(labels.shape)}")
 
 
 def temperatures(temperature: Temperature, groups: int) -> list[float]:

@@ -7,7 +7,12 @@ from ..core.config import nearest
 from ..core.errors import UserError
 from .base import Family, ModelConfig
 
-FAMILIES = {"nvae": "nvae.models.nvae.model:NVAE", "vdvae": "nvae.models.vdvae.model:VDVAE"}
+FAMILIES = {
+    "nvae": "nvae.models.nvae.model:NVAE",
+    "vdvae": "nvae.models.vdvae.model:VDVAE",
+    "vqvae": "nvae.models.vqvae.model:VQVAE",
+    "vqvae_prior": "nvae.models.vqvae.prior:VQVAEPrior",
+}
 
 
 def family(name: str) -> type[Family[Any]]:

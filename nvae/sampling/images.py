@@ -14,16 +14,20 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..bricks.likelihoods import Likelihood
 from ..bricks.normalisation import BatchNorm, measuring
 from ..core.distributed import from_rank_zero, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
 from ..core.files import atomic_file
+from ..core.precision import Precision, autocast
 from ..core.randomness import keyed_normal, keyed_uniform
 from ..models.base import Family, Temperature
 
 Pixels = Literal["mean", "draw"]
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
+"""At which samples are shown."""
 
 
 def temperature_of(values: Sequence[float], model: Family[Any]) -> Temperature:
@@ -73,6 +77,24 @@ def pixels_of(likelihood: Likelihood, indices: Sequence[int], *, seed: int = 0, 
         return likelihood.visible(likelihood.mean())
     uniform = keyed_uniform(likelihood.noise_shape, indices, seed, "pixels", likelihood.params.device)
     return likelihood.visible(likelihood.sample(uniform=uniform))
+
+
+def sample_batches(
+    model: Family[Any],
+    count: int,
+    temperature: Temperature = 1.0,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    pixels: Pixels = "mean",
+    precision: Precision = "fp32",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The samples numbered below `count`, this rank's share in batches: numbers, and what `sample_images` gives."""
+    device = next(model.parameters()).device
+    for numbers in tqdm(list(shares(count, batch)), "sampling", unit="batch", disable=rank() != 0):
+        with autocast(device, precision):
+            images = sample_images(model, numbers, temperature, seed=seed, pixels=pixels)
+        yield numbers, images
 
 
 def shares(count: int, batch: int) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from ..core.distributed import from_rank_zero, rank
 from ..core.errors import UserError
 from ..data.images import Images, fingerprint
 
-FILE = "images.json"
+IMAGES = "images.json"
 
 
 class Content(Config):
@@ -33,12 +33,18 @@ def content_of(images: Mapping[str, Images]) -> dict[str, Content]:
 
 def content_in(folder: Path) -> dict[str, Content]:
     """What a run's folder says of its images; nothing in those of earlier versions. Raises UserError where damaged."""
-    path = folder / FILE
+    path = folder / IMAGES
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {str(split): Content.model_validate(content) for split, content in found.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); remove it") from error
+
+
+def trained_content(folder: Path) -> str | None:
+    """The fingerprint of the images that the run in a folder is trained on; None where it does not say."""
+    train = content_in(folder).get("train")
+    return None if train is None else train.fingerprint
 
 
 def text_of(content: Mapping[str, Content]) -> str:

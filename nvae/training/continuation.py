@@ -1,6 +1,7 @@
 """What a run takes over from its checkpoint when it continues, and what may not change on the way."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..core.config import flat
@@ -31,17 +32,33 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool) -> list[str]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line `field: before → now` for each that differs."""
+    before, now = flat(before), flat(now)
+    names = [name for name in changed(before, now) if name != "allow_changes"]
+    return [f"{name}: {before.get(name)} → {now.get(name)}" for name in names]
+
+
+@contextmanager
+def naming_fields(differences: Sequence[str]) -> Iterator[None]:
+    """Within, an error about weights of another model goes on with the fields of the model's config that differ."""
+    try:
+        yield
+    except UserError as error:
+        fields = [line for line in differences if line.startswith("model.")]
+        raise UserError("\n  ".join([str(error), *fields])) from error
+
+
+def continued(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool) -> list[str]:
     """A line for each field of a run's config that was changed since its checkpoint.
 
     Raises UserError with all of them where one alters what is trained, unless that is `allowed`. Lists of the splits
     may lie elsewhere, but with them or without is another split. Never allowed is another optimiser, which cannot use
     the old one's moments.
     """
-    before, now = flat(before), flat(now)
-    names = [name for name in changed(before, now) if name != "allow_changes"]
-    lines = [f"{name}: {before.get(name)} → {now.get(name)}" for name in names]
-    moved = [name for name in names if name == "data.lists" and before.get(name) and now.get(name)]
+    lines = changes(before, now)
+    names = [line.partition(":")[0] for line in lines]
+    moved = ["data.lists"] if before["data"].get("lists") and now["data"].get("lists") else []
     refused = [name for name in names if name.startswith(BOUND) or not (name.startswith(FREE) or name in moved)]
     if "optim.name" in names:
         raise UserError(f"{lines[names.index('optim.name')]}: start a new run, with train.init_from if you like")

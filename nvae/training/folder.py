@@ -4,18 +4,17 @@ runs/<name>/: config.yaml, outcome.json, metrics.jsonl, tensorboard/, checkpoint
 samples/, results.json. All ranks must see it: several machines need a file system that they share.
 """
 
-import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.format import is_ours, read_safely, save_checkpoint
-from ..core.distributed import from_rank_zero, rank
+from ..core.distributed import barrier, from_rank_zero, rank
 from ..core.errors import UserError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, lock
 
 
 class RunFolder:
@@ -24,6 +23,9 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.begun = False
+        """True once a command to train here was accepted."""
+        self._damaged: list[Path] = []
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -31,24 +33,22 @@ class RunFolder:
 
         The system gives the lock back whatever becomes of the process.
         """
-        with ExitStack() as held:
-            if not from_rank_zero(self._taken(held) if rank() == 0 else None):
+        with lock(self.path / ".lock", wait=False) if rank() == 0 else nullcontext() as taken:
+            if not from_rank_zero(taken):
                 raise UserError(f"{self.path}: another process trains in this folder; choose another name=")
-            if rank() == 0:
-                self._clear_temporary_files()
+            if rank() == 0 and not self._is_a_run():
+                (self.path / "outcome.json").unlink(missing_ok=True)  # of a command that was refused
             yield
 
-    def _taken(self, held: ExitStack) -> bool:
-        """Takes the lock, until `held` ends; False where another process has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((self.path / ".lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            print(f"{self.path}: no locks on this file system ({error}); start no second run here", file=sys.stderr)
-        return True
+    def begin(self, config: str) -> None:
+        """A command to train here is accepted: from now on the folder changes. `config`: the run's, as YAML."""
+        self.begun = True
+        if rank() == 0:
+            self._clear_temporary_files()
+            self._set_damaged_aside()
+            self.write("config.yaml", config)
+            self.record_outcome("running")
+        barrier()
 
     def _clear_temporary_files(self) -> None:
         """What a killed process was writing."""
@@ -69,7 +69,12 @@ class RunFolder:
         self.write("outcome.json", self._outcome(outcome, ""))
 
     def record_failure(self, message: str) -> None:
-        """outcome.json: `failed`, and why. The first rank to fail has its say; the others fail because of it."""
+        """outcome.json: `failed`, and why. The first rank to fail has its say; the others fail because of it.
+
+        A command that is refused changes nothing of a run that an earlier one began.
+        """
+        if self._is_a_run() and not self.begun:
+            return
         try:
             if json.loads((self.path / "outcome.json").read_bytes())["outcome"] == "failed":
                 return
@@ -77,6 +82,10 @@ class RunFolder:
             pass
         with atomic_file(self.path / "outcome.json") as file:
             file.write(self._outcome("failed", f"rank {rank()}: {message}").encode())
+
+    def _is_a_run(self) -> bool:
+        """True once any command to train here was accepted."""
+        return (self.path / "config.yaml").exists()
 
     def _outcome(self, outcome: str, message: str) -> str:
         steps = [step_of(file) for file in self._files()]
@@ -103,14 +112,15 @@ class RunFolder:
     def newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, the same on every rank; None where there is none yet.
 
-        Those that can't be read are renamed to *.damaged, with a line for each. Raises UserError when none is left.
+        There is a line for each that can't be read; once the run has begun they are renamed to *.damaged. Raises
+        UserError when none is left.
         """
         content, name = self._newest_of_rank_zero() if rank() == 0 else (None, None)
         name = from_rank_zero(name)
         return read_safely(self.checkpoints / name) if name is not None and rank() != 0 else content
 
     def _newest_of_rank_zero(self) -> tuple[dict[str, Any] | None, str | None]:
-        damaged: list[Path] = []
+        self._damaged = []
         for file in reversed(self._files()):
             try:
                 content = read_safely(file)
@@ -118,17 +128,24 @@ class RunFolder:
                     raise UserError(f"{file}: not a checkpoint of this package")
             except UserError as error:
                 print(error, file=sys.stderr)
-                damaged.append(file)
+                self._damaged.append(file)
                 continue
-            for other in damaged:
-                other.rename(other.with_name(f"{other.name}.damaged"))
-            if damaged:
+            if self._damaged:
                 print(f"{file.parent}: going on from {file.name}, the newest that can be read", file=sys.stderr)
-            self._point_latest_to(file)
+            if self.begun:
+                self._set_damaged_aside()
             return content, file.name
-        if damaged:
+        if self._damaged:
             raise UserError(f"{self.checkpoints}: none of them can be read; restore one, or choose another name=")
         return None, None
+
+    def _set_damaged_aside(self) -> None:
+        """So that they never outlive good ones."""
+        for file in self._damaged:
+            file.rename(file.with_name(f"{file.name}.damaged"))
+        self._damaged = []
+        if files := self._files():
+            self._point_latest_to(files[-1])
 
     def _point_latest_to(self, file: Path) -> None:
         """A symbolic link, replaced as a whole."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -135,14 +135,17 @@ class SkipRule:
 
 
 class Averaged:
-    """An exponential moving average of a model's parameters and floating-point buffers; other buffers are copied."""
+    """An exponential moving average of a model's parameters and floating-point buffers.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    Other buffers are copied, and so is what `copied` names.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, copied: Collection[str] = ()) -> None:
         self.decay = decay
         self.model = model.state_dict()  # the model's own memory, under the same names
         self.tensors = {name: tensor.clone() for name, tensor in self.model.items()}
-        self._floating = [name for name, tensor in self.model.items() if tensor.is_floating_point()]
-        self._others = [name for name, tensor in self.model.items() if not tensor.is_floating_point()]
+        self._floating = [name for name, t in self.model.items() if t.is_floating_point() and name not in copied]
+        self._others = list(self.model.keys() - self._floating)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from ..models.base import Family
+from ..checkpoints.loading import load_weights
+from ..models.base import Family, FirstImages
 from .optim import Averaged, SkipRule
 
 
@@ -22,6 +22,8 @@ class TrainingState:
     average: Averaged | None
     scaler: torch.amp.GradScaler
 
+    begun: bool = False
+    """Whether the model has what it starts from: `Family.begin`, or weights that were trained before."""
     step: int = 0
     """Updates tried so far."""
     images_seen: int = 0
@@ -43,6 +45,7 @@ class TrainingState:
     """Lowest validation bound, nats."""
 
     counters: ClassVar = (
+        "begun",
         "step",
         "images_seen",
         "skipped",
@@ -69,7 +72,8 @@ class TrainingState:
     def load_state_dict(self, content: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave; learning rate, decay and the like stay as configured now.
 
-        An average that was not kept before starts from the weights. Raises UserError for weights of another model.
+        An average that was not kept before starts from the weights. Earlier versions did not say whether the model had
+        begun: it had, once there was an update. Raises UserError for weights of another model.
         """
         load_weights(self.model, content["model"])
         if self.average is not None:
@@ -79,8 +83,24 @@ class TrainingState:
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.skip_rule.load_state_dict(content["skip_rule"])
+        counters = {"begun": content["counters"]["step"] > 0, **content["counters"]}
         for name in self.counters:
-            setattr(self, name, content["counters"][name])
+            setattr(self, name, counters[name])
+
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """A warm start: these weights, and the average begins with them. Raises UserError for another model's."""
+        load_weights(self.model, weights)
+        self._has_begun()
+
+    def begin(self, first: FirstImages) -> None:
+        """What the family sets from data, and the average begins with it."""
+        self.model.begin(first)
+        self._has_begun()
+
+    def _has_begun(self) -> None:
+        self.begun = True
+        if self.average is not None:
+            self.average.restart()
 
     def tensors(self) -> dict[str, Tensor]:
         """Model, average and optimiser by name."""
@@ -97,15 +117,6 @@ class TrainingState:
         tensors = [t for t in self.tensors().values() if t.is_floating_point() and t.device == device and t.numel()]
         largest = torch._foreach_norm(tensors, torch.inf)
         return bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Weights into a model. Raises UserError, naming the first name that does not fit, for those of another model."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"the weights are of another model than the config describes: {reason}") from error
 
 
 class BufferCopy:

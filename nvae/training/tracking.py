@@ -18,7 +18,7 @@ from ..core.distributed import rank
 
 
 class Tracker:
-    """Writes numbers, pictures and text of a run to its folder, from a step on.
+    """Within, writes numbers, pictures and text of a run to its folder, from a step on.
 
     `log_lines` is how many lines of metrics.jsonl belong to what came before: the rest, left by a process that was
     killed after its last checkpoint, is forgotten, so that the file ends as that of a run never interrupted.
@@ -26,10 +26,8 @@ class Tracker:
 
     def __init__(self, folder: Path, total_steps: int, step: int = 0, log_lines: int = 0) -> None:
         self.active = rank() == 0
-        self.log_lines = log_lines
-        if self.active:
-            self.folder, self.total_steps = folder, total_steps
-            self._open(step)
+        self.folder, self.total_steps = folder, total_steps
+        self.step, self.log_lines = step, log_lines
 
     def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -111,6 +109,8 @@ class Tracker:
             self.board.close()
 
     def __enter__(self) -> Self:
+        if self.active:
+            self._open(self.step)
         return self
 
     def __exit__(

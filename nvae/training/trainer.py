@@ -3,7 +3,6 @@
 The trainer receives built objects; it knows no family, no data set and no command line.
 """
 
-import resource
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,10 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.config import Config, flat
 from ..core.distributed import check_same, check_same_state, is_distributed, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
+from ..core.memory import peak_mib
 from ..core.precision import Precision, autocast, precision_on
-from ..core.randomness import derived_seed, keyed_normal
+from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
+from ..kernels.operations import Mode
 from ..models.base import Family, Metrics, Output, Recomputation
+from .beginning import training_noise
 from .diagnosis import first_non_finite
 from .folder import RunFolder, is_milestone
 from .interruption import Interruption
@@ -49,6 +51,9 @@ class TrainConfig(Config):
     recompute: Recomputation = "none"
     """What the backward pass computes again to save memory: nothing more than it must, batch norm and swish (NVAE does
     that in any case), or whole cells."""
+    kernels: Mode = "auto"
+    """How layers are computed: `auto` by the fastest way that agrees with the plain one on this machine, or all
+    `plain`."""
     compile: bool = False
     """Compile the model's parts with torch.compile; the first steps then take longer."""
     log_every: int = Field(50, ge=1)
@@ -153,7 +158,6 @@ class Trainer:
         for group in state.optimiser.param_groups:
             group["lr"] = state.lr_factor * self.schedule(state.step)
         self.buffers.take()
-        starts = not self.model.has_started
         state.optimiser.zero_grad()
         metrics = self._accumulate_gradients()
         state.scaler.unscale_(state.optimiser)
@@ -161,16 +165,16 @@ class Trainer:
         non_finite, norm_value = self._judge(metrics["loss"], norm)
         if non_finite:
             self.buffers.put_back()
+            self.model.after_skip()
             state.non_finite += 1
             state.non_finite_in_a_row += 1
         else:
             state.non_finite_in_a_row = 0
-            if starts and state.average is not None:
-                state.average.restart()
             if state.skip_rule.skips(norm_value):
+                self.model.after_skip()
                 state.skipped += 1
             else:
-                self._update(norm)
+                metrics |= self._update(norm)
         state.scaler.update()
         state.step += 1
         state.images_seen += self.images_per_step
@@ -190,9 +194,10 @@ class Trainer:
     def _loss(self, model: nn.Module) -> tuple[Tensor, Metrics]:
         """Loss and metrics of the current micro-batch; the draws are keyed on its images' numbers."""
         state, indices = self.state, self.batch.indices
-        noise = keyed_normal(self.model.latent_shapes(len(indices)), indices, self.seed, "latents", self.device)
+        noise = training_noise(self.model, indices, self.seed)
+        labels = self.batch.labels if self.model.config.classes else None
         with autocast(self.device, self.precision):
-            output: Output = model(self.batch.images, noise)
+            output: Output = model(self.batch.images, noise, labels)
         loss, metrics = self.model.loss(output, state.step / self.total_steps)
         if self._logs_at(state.step + 1):
             metrics |= group_metrics(output)
@@ -209,14 +214,16 @@ class Trainer:
         self.stopping = asked > 0
         return non_finite > 0, value
 
-    def _update(self, norm: Tensor) -> None:
-        """Clips, updates the weights, then their average."""
+    def _update(self, norm: Tensor) -> Metrics:
+        """Clips, updates the weights and what learns otherwise, then their average. Returns the family's metrics."""
         state, clip = self.state, self.schedule.config.clip_norm
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm, foreach=True)
         state.scaler.step(state.optimiser)
+        metrics = self.model.after_update(self.seed, state.step, state.step / self.total_steps)
         if state.average is not None:
             state.average.update()
+        return metrics
 
     def _without_exchange(self) -> AbstractContextManager[Any]:
         """Within, gradients stay on their rank."""
@@ -272,7 +279,7 @@ class Trainer:
             "non_finite": state.non_finite,
             "loss_scale": state.scaler.get_scale(),
             "images_per_second": self._images_per_second(),
-            "peak_memory_mib": _peak_memory(self.device),
+            "peak_memory_mib": peak_mib(self.device),
         }
         unit = "bits_per_dim" if "bits_per_dim" in numbers else "nelbo"
         self.tracker.scalars(state.step, numbers, shown=("loss", unit, "images_per_second"))
@@ -377,10 +384,3 @@ _BUFFERS_OPTION = (  # whether rank 0 hands out its buffers in every pass; older
     if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
-
-
-def _peak_memory(device: torch.device) -> float:
-    """MiB: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -17,11 +17,10 @@ from ..core.randomness import keyed_normal
 from ..data.config import DataConfig
 from ..data.images import Images
 from ..data.loading import evaluation_batches
-from ..evaluation.bounds import ACTIVE, bits_per_dim, dims_of, evaluate_batches
+from ..evaluation.bounds import evaluate_batches
+from ..evaluation.figures import ACTIVE, bits_per_dim, dims_of
 from ..models.base import Family, Metrics, ModelConfig, Output
-
-TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
-"""At which samples are shown."""
+from ..sampling.images import TEMPERATURES
 
 
 def quotes_bits(config: ModelConfig) -> bool:

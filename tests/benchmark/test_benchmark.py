@@ -4,22 +4,23 @@ import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from entry_scripts import ROOT, call
 from kinds import KINDS
 
 from nvae.benchmark.extent import Line, saved_mib_per_image
 from nvae.benchmark.machine import matrix_peak, training_gflop
-from nvae.benchmark.plain import make_plain
 from nvae.benchmark.timing import Times, in_turns
-from nvae.benchmark.workloads import MODELS, WORK, Way, Workload
-from nvae.bricks.convolutions import Conv2d
+from nvae.benchmark.workloads import MODELS, WORK, Way, Workload, model_named
 from nvae.commands import benchmark as commands
-from nvae.core.errors import UserError
 from nvae.core.precision import Precision
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.kernels.operations import using
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, error: float = 1e-4, floor: float = 0.0) -> None:
@@ -33,14 +34,15 @@ def test_the_plain_network_has_the_same_loss_gradients_and_statistics(
     tiny_config: Callable[..., NVAEConfig], kind: str
 ) -> None:
     model = NVAE(tiny_config(**KINDS[kind])).train()
-    model.mark_loaded()
-    yardstick = make_plain(deepcopy(model))
+    yardstick = deepcopy(model)
     config = model.config
     images = torch.rand(4, config.image_channels, config.image_size, config.image_size)
     noise = [torch.randn(shape) for shape in model.latent_shapes(4)]
-    losses = [each.loss(each(images, noise), 0.2)[0] for each in (model, yardstick)]
-    for loss in losses:
-        loss.backward()
+    losses = []
+    for each, mode in ((model, "auto"), (yardstick, "plain")):
+        with using(mode):
+            losses.append(each.loss(each(images, noise), 0.2)[0])
+            losses[-1].backward()
     assert_close(losses[0], losses[1])
     largest = max(float(p.grad.abs().max()) for p in yardstick.parameters() if p.grad is not None)
     for (name, ours), theirs in zip(model.named_parameters(), yardstick.parameters(), strict=True):
@@ -94,7 +96,8 @@ def test_plain_and_ours_evaluate_to_the_same(tiny_config: Callable[..., NVAEConf
     noise = [torch.randn(shape) for shape in model.latent_shapes(2)]
     with torch.no_grad():
         ours = model.for_inference()(workload.images, noise).log_weight
-        plain = make_plain(deepcopy(model))(workload.images, noise).log_weight
+        with using("plain"):
+            plain = model(workload.images, noise).log_weight
     assert_close(ours, plain)
 
 
@@ -104,6 +107,7 @@ def test_the_models_of_the_tables_are_those_of_the_docs() -> None:
     assert (scales.image_size, scales.groups_per_scale) == (64, [6, 3, 1])
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_the_backward_pass_is_less_than_half_and_a_sixth() -> None:
     """The floors of docs/performance.md, at three groups of its model: CI fails where a change keeps more."""
     config = MODELS["small"].model_copy(update={"groups": 3})
@@ -115,20 +119,20 @@ def test_what_is_kept_for_the_backward_pass_is_less_than_half_and_a_sixth() -> N
 
 def test_flops_are_counted_from_shapes(tiny_config: Callable[..., NVAEConfig]) -> None:
     """The vanilla model's convolutions, one by one."""
-    config = tiny_config(groups=1)
-    model = make_plain(NVAE(config)).eval()
-    products = 0
+    config = tiny_config(groups=1, squeeze_excite=False)
+    model, images, products = NVAE(config).eval(), torch.rand(2, 3, 8, 8), 0
+    conv2d = F.conv2d
 
-    def count(convolution: Conv2d, inputs: object, output: torch.Tensor) -> None:
+    def counted(x: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
         nonlocal products
-        inputs_per_output = convolution.weight.numel() // convolution.weight.shape[0]
-        products += output.numel() * inputs_per_output
+        y = conv2d(x, weight, *others)
+        products += y.numel() * weight[0].numel()
+        return y
 
-    for module in model.modules():
-        if isinstance(module, Conv2d):
-            module.register_forward_hook(count)
-    model(torch.rand(2, 3, 8, 8))
-    assert training_gflop(config, 2) == pytest.approx(6 * products / 1e9)
+    with using("plain"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", counted)
+        model(images)
+    assert products > 0 and training_gflop(config, 2) == pytest.approx(6 * products / 1e9)
 
 
 # ------------------------------------------------------------------------------------------------------------ timing
@@ -156,6 +160,7 @@ def test_a_straight_line_is_fitted_and_judged() -> None:
 # ----------------------------------------------------------------------------------------------------------- command
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
@@ -186,6 +191,8 @@ def test_the_table_of_the_data_leaves_the_threads_to_the_next_one(monkeypatch: p
         torch.set_num_threads(before)
 
 
-def test_a_family_without_a_plain_mode_is_refused() -> None:
-    with pytest.raises(UserError, match="is no NVAE"):
-        call("scripts/benchmark", "train", "--model", ROOT / "configs" / "vdvae_digits.yaml")
+def test_the_very_deep_vae_has_a_plain_mode_too() -> None:
+    config = model_named(str(ROOT / "configs" / "vdvae_digits.yaml"))
+    workload = Workload(config, 2, torch.device("cpu"), samples=2)
+    for work in WORK.values():
+        work(workload, workload.trained(), Way(plain=True))()

@@ -27,7 +27,7 @@ from nvae.data.sets import open_images
 from nvae.evaluation.bounds import evaluate_batches
 from nvae.models.nvae.model import NVAE
 from nvae.models.registry import build
-from nvae.training.run import AnyRunConfig, run_config
+from nvae.training.config import AnyRunConfig, run_config
 
 DIGITS: dict[str, Any] = {
     "name": "small",
@@ -238,7 +238,7 @@ def test_fid_against_other_images_of_the_same_name_is_measured_anew(run: Path, t
 
 
 def test_sample_writes_an_overview_and_single_pictures(run: Path, capsys: Any) -> None:
-    assert call("sample", run, "--temperature", "0.7", "0.6,1", "--num", 5, "--grid", 3) == 0
+    assert call("sample", run, "--temperature", "0.7", "0.6,1", "--count", 5, "--grid", 3) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and all(line.endswith("images/s") for line in printed)
     for name in ("t0.7-seed0", "t0.6-1-seed0"):
@@ -248,17 +248,17 @@ def test_sample_writes_an_overview_and_single_pictures(run: Path, capsys: Any) -
 
 
 def test_samples_in_one_file_are_the_single_pictures(run: Path) -> None:
-    call("sample", run, "--num", 5, "--batch", 2)
-    call("sample", run, "--num", 5, "--format", "npz")
+    call("sample", run, "--count", 5, "--batch", 2)
+    call("sample", run, "--count", 5, "--format", "npz")
     images = np.load(run / "samples/t1-seed0.npz")["images"]
     assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8
     assert np.mean(images[4, :, :, 0] == np.asarray(Image.open(run / "samples/t1-seed0/000004.png"))) > 0.999
 
 
 def test_readjusted_samples_differ_and_their_statistics_are_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvae.commands.samples.READJUSTMENT", {"batches": 4, "batch": 8})
-    call("sample", run, "--num", 4, "--temperature", "0.6", "--format", "npz")
-    call("sample", run, "--num", 4, "--temperature", "0.6", "--format", "npz", "--readjust")
+    monkeypatch.setattr("nvae.commands.prior.READJUSTMENT", {"batches": 4, "batch": 8})
+    call("sample", run, "--count", 4, "--temperature", "0.6", "--format", "npz")
+    call("sample", run, "--count", 4, "--temperature", "0.6", "--format", "npz", "--readjust")
     plain, fitted = (np.load(run / f"samples/t0.6-seed0{end}.npz")["images"] for end in ("", "-readjusted"))
     assert not np.array_equal(plain, fitted)
     assert len(list((run / "batch-norm").iterdir())) == 1
@@ -278,7 +278,7 @@ def test_readjusted_samples_differ_and_their_statistics_are_kept(run: Path, monk
 def test_every_look_at_the_latents_writes_its_strip(
     run: Path, capsys: Any, arguments: list[Any], files: dict[str, tuple[int, int]]
 ) -> None:
-    assert call("sample", run, *arguments, "--num", 2) == 0
+    assert call("sample", run, *arguments, "--count", 2) == 0
     printed = capsys.readouterr().out
     for name, (columns, rows) in files.items():
         assert name in printed
@@ -286,7 +286,7 @@ def test_every_look_at_the_latents_writes_its_strip(
 
 
 def test_options_may_stand_before_the_action(run: Path) -> None:
-    assert call("sample", run, "--num", 2, "reconstruct") == 0
+    assert call("sample", run, "--count", 2, "reconstruct") == 0
     assert (run / "samples/reconstructions.png").exists()
 
 
@@ -312,10 +312,10 @@ def test_pictures_are_computed_in_the_precision_asked_for(
 
 
 def test_neighbours_are_of_readjusted_samples_where_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvae.commands.samples.READJUSTMENT", {"batches": 4, "batch": 8})
+    monkeypatch.setattr("nvae.commands.prior.READJUSTMENT", {"batches": 4, "batch": 8})
     pictures = []
     for option in ([], ["--readjust"]):
-        call("sample", run, "neighbours", "--num", 2, "--temperature", "0.6", *option)
+        call("sample", run, "neighbours", "--count", 2, "--temperature", "0.6", *option)
         pictures.append((run / "samples/neighbours.png").read_bytes())
     assert pictures[0] != pictures[1]
 
@@ -352,8 +352,8 @@ def test_options_that_would_have_no_effect_are_refused(run: Path, command: str, 
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("--num", "0", "argument --num: takes a whole number from 1 on, found '0'"),
-        ("--num", "many", "argument --num: takes a whole number from 1 on, found 'many'"),
+        ("--count", "0", "argument --count/--num: takes a whole number from 1 on, found '0'"),
+        ("--count", "many", "argument --count/--num: takes a whole number from 1 on, found 'many'"),
         ("--temperature", "0.5;1", "argument --temperature: takes a number, or several with commas, found '0.5;1'"),
     ],
 )

@@ -318,6 +318,7 @@ UNEXPECTED = """
 """
 
 
+@pytest.mark.slow
 def test_loader_processes_do_not_keep_a_failed_program_from_ending(tmp_path: Path) -> None:
     """The traceback keeps the loader alive, and processes that ignore signals would be waited for without end."""
     (tmp_path / "script.py").write_text(textwrap.dedent(UNEXPECTED))

@@ -22,17 +22,8 @@ from nvae.core.errors import UserError
 from nvae.data.config import DataConfig
 from nvae.data.images import InMemory
 from nvae.data.loading import Batch, evaluation_batches
-from nvae.evaluation.bounds import (
-    Estimate,
-    Evaluation,
-    Evaluator,
-    Figures,
-    Parts,
-    bounds_of,
-    evaluate,
-    evaluate_batches,
-    ladder,
-)
+from nvae.evaluation.bounds import Evaluator, Parts, bounds_of, evaluate, evaluate_batches, ladder
+from nvae.evaluation.figures import Estimate, Evaluation, Figures
 from nvae.models.base import ModelConfig
 from nvae.models.nvae.model import NVAE
 

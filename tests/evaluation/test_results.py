@@ -11,8 +11,8 @@ from entries import entry_of
 from nvae.bricks.likelihoods import LikelihoodConfig
 from nvae.core.errors import UserError
 from nvae.data.config import SetName
-from nvae.evaluation.reference import PUBLISHED, published_for, reservations, unit_for
-from nvae.evaluation.results import best_bound, fingerprint, key_of, read_results, record, table
+from nvae.evaluation.reference import PUBLISHED, best_bound, published_for, reservations, unit_for
+from nvae.evaluation.results import fingerprint, key_of, read_results, record, table
 from nvae.models.nvae.model import NVAE
 
 

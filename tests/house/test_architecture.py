@@ -12,7 +12,7 @@ from places import ROOT
 PACKAGE = ROOT / "nvae"
 PAGE = ROOT / "docs" / "architecture.md"
 HEADING = "## The law"
-FAMILIES = ("nvae", "vdvae")
+FAMILIES = ("nvae", "vdvae", "vqvae")
 BEHIND_THE_CONTRACT = ("sampling", "evaluation", "training", "commands")
 """Rooms that know a family by its contract only."""
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from places import ROOT
 
+from nvae.commands.train import dry_run
 from nvae.models.registry import build
-from nvae.training.run import dry_run, read_run_config
+from nvae.training.config import read_run_config
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PARAMETERS = {  # spec §6; spec_vdvae

@@ -341,7 +341,7 @@ def test_decoding_and_sampling_call_no_other_convolution(tiny_config: Callable[.
     assert sum("inference_convolution" in name for name in found) == 3 * (groups - 1) + 2 + 2 + 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_it_says_the_same(tiny_config: Callable[..., NVAEConfig], backend: str) -> None:
     model = NVAE(tiny_config(flows=1)).eval().for_inference()
     images, noise = torch.rand(2, 3, 8, 8), [torch.randn(shape) for shape in model.latent_shapes(2)]

@@ -3,7 +3,8 @@
 The weights and images are made by formulas of their published names and positions, so that neither the order in which
 modules are built nor our names matter. In float64, where another machine's rounding is far below the tolerance.
 
-To record anew after a change that is meant to move them: `python tests/test_golden.py`, and say why in the commit.
+To record anew after a change that is meant to move them: `python tests/models/test_golden.py`, and say why in the
+commit.
 """
 
 import json

@@ -9,7 +9,8 @@ from entry_scripts import call
 from nvae.checkpoints.loading import load_model
 from nvae.core.errors import UserError
 from nvae.evaluation.bounds import Evaluator
-from nvae.training.run import run_config, train
+from nvae.training.config import run_config
+from nvae.training.run import train
 
 CONFIG = {
     "name": "toy",
@@ -28,7 +29,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    assert train(run_config(CONFIG, "toy"), folder) == 0
+    assert train(run_config(CONFIG, "toy"), folder) == "finished"
     return folder
 
 
@@ -52,7 +53,7 @@ def test_importance_weighting_is_a_clear_error(runs: Path) -> None:
 def test_it_is_evaluated_and_sampled_by_the_same_commands(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("evaluate", runs / "toy") == 0
     assert "gives no bound on the likelihood" in capsys.readouterr().out
-    assert call("sample", runs / "toy", "--num", 4, "--temperature", 0.7, "--readjust") == 0
+    assert call("sample", runs / "toy", "--count", 4, "--temperature", 0.7, "--readjust") == 0
     assert call("sample", runs / "toy", "reconstruct") == 0
     assert call("evaluate", runs / "toy", "--report") == 0
     assert "Reconstructions" in (runs / "toy" / "report.html").read_text()

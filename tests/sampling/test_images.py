@@ -208,11 +208,11 @@ def narrow(path: Path) -> dict[str, Any]:
 
 
 NVAES = [path for path in RECIPES if read_yaml(path)["model"]["family"] == "nvae"]
-LARGE = ("256", "lsun_bedroom")
+LARGE = ("celeba_64", "cifar10", "imagenet_64", "lsun_church")
+LARGEST = ("celeba_hq_256", "ffhq_256", "lsun_bedroom")
+MARKS = dict.fromkeys(LARGE, pytest.mark.slow) | dict.fromkeys(LARGEST, pytest.mark.full)
 recipes = pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=pytest.mark.full if any(n in path.stem for n in LARGE) else ()) for path in NVAES],
-    ids=[path.stem for path in NVAES],
+    "path", [pytest.param(path, marks=MARKS.get(path.stem, ()), id=path.stem) for path in NVAES]
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from nvae.bricks.likelihoods import LikelihoodConfig
-from nvae.evaluation.bounds import Evaluation, Figures
+from nvae.evaluation.figures import Evaluation, Figures
 from nvae.models.nvae.model import NVAEConfig
 
 

@@ -1,23 +1,18 @@
-"""Runs the entry scripts' `main` in this process."""
+"""Runs the commands in this process."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from places import ROOT
-
 
 def call(script: str, *arguments: object) -> int:
     """The exit code of `script.py arguments…`; a UserError passes through."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / f"{script}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"nvae.commands.{Path(script).name}")
     before, sys.argv = sys.argv, [f"{script}.py", *map(str, arguments)]
     try:
-        code: int = module.main()
+        code: int = module.run()
     finally:
         sys.argv = before
     return code

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ needs_float16 = pytest.mark.skipif(
 def library_for(processor: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The library as compiled for one of `PROCESSORS`."""
     monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("native", processor) for flag in native.FLAGS))
+    return _made(source, native.FLAGS)
+
+
+@cache
+def _made(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The library compiled with `flags`, which `native` has at the time; looked up once, not for every test."""
     made = native.library.__wrapped__(source)
     assert made is not None
     return made

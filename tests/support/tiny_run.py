@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nvae.core.config import apply_overrides
+from nvae.training.config import AnyRunConfig, run_config
 from nvae.training.folder import RunFolder
-from nvae.training.run import AnyRunConfig, run_config
 
 TINY: dict[str, Any] = {
     "name": "tiny",

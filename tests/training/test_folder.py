@@ -62,6 +62,7 @@ def test_what_a_killed_process_was_writing_is_removed(folder: RunFolder) -> None
     for leftover in leftovers:
         leftover.write_bytes(b"half")
     with folder.locked():
+        folder.begin("")
         assert not any(leftover.exists() for leftover in leftovers)
         assert steps(folder) == [10]
 
@@ -128,6 +129,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_outlives_good_ones(folder: 
     save(folder, 10, 20)
     (folder.checkpoints / "step-000000020.pt").write_bytes(b"")
     folder.newest()
+    assert (folder.checkpoints / "step-000000020.pt").exists()
+    folder.begin("")
     assert (folder.checkpoints / "step-000000020.pt.damaged").exists()
     assert read_safely(folder.checkpoints / "latest")["step"] == 10
     save(folder, 15, keep=1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nvae.core import distributed
 from nvae.core.errors import UserError
-from nvae.training import run
+from nvae.training import run, setup
 from nvae.training.continuation import require_same_config
 from nvae.training.folder import RunFolder, step_of
 from nvae.training.trainer import Trainer
@@ -63,20 +63,20 @@ def facts(folder: Path) -> None:
     (folder / f"facts-{rank}.json").write_text(json.dumps(found))
 
 
-def train(folder: Path, *overrides: str, altered: Callable[[Any], Any] = lambda model: None) -> int:
+def train(folder: Path, *overrides: str, altered: Callable[[Any], Any] = lambda model: None) -> str:
     """A run; `altered` changes the model that is trained, on the rank where it runs."""
-    original = run.build
+    original = setup.build
 
     def build(config: Any) -> Any:
         model = original(config)
         altered(model)
         return model
 
-    run.build = build  # type: ignore[attr-defined]
+    setup.build = build  # type: ignore[attr-defined]
     try:
         return run.train(tiny_run(*overrides), folder)
     finally:
-        run.build = original  # type: ignore[attr-defined]
+        setup.build = original  # type: ignore[attr-defined]
 
 
 def complaint(action: Callable[[], Any]) -> str:
@@ -185,8 +185,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process with the same global batches."""
     folder = tmp_path_factory.mktemp("alone")
     torch.set_num_threads(1)
-    assert run.train(tiny_run(*PLAIN), folder / "plain") == 0
-    assert run.train(tiny_run(*ACCUMULATED), folder / "accumulated") == 0
+    assert run.train(tiny_run(*PLAIN), folder / "plain") == "finished"
+    assert run.train(tiny_run(*ACCUMULATED), folder / "accumulated") == "finished"
     return folder
 
 
@@ -269,7 +269,7 @@ def test_all_ranks_stop_with_the_name_of_the_one_that_went_bad(ranks: tuple[Path
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: tuple[Path, list[Facts]]) -> None:
-    assert [found["stopped"] for found in ranks[1]] == [75, 75]
+    assert [found["stopped"] for found in ranks[1]] == ["interrupted"] * 2
     assert outcome(ranks[0] / "stopped" / "tiny") == {"outcome": "interrupted", "step": 7, "message": ""}
 
 
@@ -289,7 +289,7 @@ def test_a_launch_into_the_folder_of_a_live_run_is_refused_on_all_ranks_and_leav
 
 def test_a_run_goes_on_with_another_number_of_processes(ranks: tuple[Path, list[Facts]], alone: Path) -> None:
     folder = ranks[0] / "stopped"
-    assert run.train(tiny_run(*PLAIN, "data.batch=32"), folder) == 0
+    assert run.train(tiny_run(*PLAIN, "data.batch=32"), folder) == "finished"
     assert checkpoint(folder / "tiny")["counters"]["images_seen"] == 20 * 32
     assert column(folder / "tiny", "loss") == pytest.approx(column(alone / "plain" / "tiny", "loss"), rel=1e-4)
 

@@ -21,8 +21,8 @@ from tiny_run import checkpoint, column, differences, log, outcome, tiny_run
 from nvae.core.errors import UserError
 from nvae.training import run
 from nvae.training.adamax import Adamax
+from nvae.training.config import AnyRunConfig, load_run
 from nvae.training.folder import RunFolder
-from nvae.training.run import AnyRunConfig
 from nvae.training.trainer import Trainer
 
 OPTIONS = ("train.steps=12", "train.save_every=3", "train.keep=2", "train.validate_every=0.1")
@@ -43,7 +43,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     torch.set_num_threads(1)
-    assert run.train(tiny_run(*OPTIONS), folder) == 0
+    assert run.train(tiny_run(*OPTIONS), folder) == "finished"
     return folder / "tiny"
 
 
@@ -73,7 +73,7 @@ def test_a_signal_saves_and_leaves_with_code_75(
 ) -> None:
     before = signal.getsignal(number)
     at_step(2, lambda: os.kill(os.getpid(), number))
-    assert run.train(tiny_run(), tmp_path) == 75
+    assert run.train(tiny_run(), tmp_path) == "interrupted"
     assert outcome(tmp_path / "tiny") == {"outcome": "interrupted", "step": 2, "message": ""}
     assert checkpoint(tmp_path / "tiny")["counters"]["step"] == 2
     assert signal.getsignal(number) == before
@@ -85,8 +85,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 ) -> None:
     """In the first update, between two saves, where validation is due, and in the last."""
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(*OPTIONS), tmp_path) == 75
-    assert run.train(tiny_run(*OPTIONS), tmp_path) == 0
+    assert run.train(tiny_run(*OPTIONS), tmp_path) == "interrupted"
+    assert run.train(tiny_run(*OPTIONS), tmp_path) == "finished"
     assert_same_end(tmp_path / "tiny", uninterrupted)
 
 
@@ -94,10 +94,10 @@ def test_a_family_that_draws_for_itself_goes_on_exactly_too(
     tmp_path: Path, at_step: Callable[[int, Callable[[], Any]], None]
 ) -> None:
     toy = "model={family: 'toy_family:Toy', image_size: 8, image_channels: 1, likelihood: {kind: bernoulli}}"
-    assert run.train(tiny_run(toy), tmp_path / "plain") == 0
+    assert run.train(tiny_run(toy), tmp_path / "plain") == "finished"
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(toy), tmp_path) == 75
-    assert run.train(tiny_run(toy), tmp_path) == 0
+    assert run.train(tiny_run(toy), tmp_path) == "interrupted"
+    assert run.train(tiny_run(toy), tmp_path) == "finished"
     found, expected = checkpoint(tmp_path / "tiny"), checkpoint(tmp_path / "plain" / "tiny")
     assert differences(found["model"], expected["model"]) == []
 
@@ -119,7 +119,7 @@ def die() -> NoReturn:
 
 
 def finish(folder: Path) -> None:
-    assert run.train(tiny_run(*OPTIONS), folder) == 0
+    assert run.train(tiny_run(*OPTIONS), folder) == "finished"
 
 
 def kill_at_random_moments(folder: Path, kills: int, uninterrupted: Path) -> None:
@@ -221,10 +221,10 @@ def test_loader_processes_change_nothing_and_outlive_the_signal(
 ) -> None:
     options = [f"data={{name: images, path: {pictures}, size: 8, channels: 1, binarize: true, batch: 8, memory: 0}}"]
     options += ["train.steps=5", "data.global_batch=64"]  # eight passes: more than are ever read ahead
-    assert run.train(tiny_run(*options, "data.workers=0"), tmp_path / "plain") == 0
+    assert run.train(tiny_run(*options, "data.workers=0"), tmp_path / "plain") == "finished"
     at_step(3, everyone_is_told_to_stop)
-    assert run.train(tiny_run(*options, "data.workers=2"), tmp_path) == 75
-    assert run.train(tiny_run(*options, "data.workers=2"), tmp_path) == 0
+    assert run.train(tiny_run(*options, "data.workers=2"), tmp_path) == "interrupted"
+    assert run.train(tiny_run(*options, "data.workers=2"), tmp_path) == "finished"
     plain, found = checkpoint(tmp_path / "plain" / "tiny"), checkpoint(tmp_path / "tiny")
     assert differences(found["model"], plain["model"]) == []
     assert log(tmp_path / "tiny") == log(tmp_path / "plain" / "tiny")
@@ -237,7 +237,7 @@ def test_loader_processes_change_nothing_and_outlive_the_signal(
 def half_done(tmp_path: Path, at_step: Callable[[int, Callable[[], Any]], None]) -> Path:
     """The runs folder of a run that was asked to stop after update 3 of 6."""
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(), tmp_path) == 75
+    assert run.train(tiny_run(), tmp_path) == "interrupted"
     return tmp_path
 
 
@@ -259,9 +259,9 @@ def test_what_alters_the_model_or_the_schedule_is_refused(half_done: Path, overr
 
 
 def test_what_alters_neither_is_only_said(half_done: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.train(tiny_run("train.log_every=2"), half_done) == 0
+    assert run.train(tiny_run("train.log_every=2"), half_done) == "finished"
     assert "changed since the last checkpoint: train.log_every: 1 → 2" in capsys.readouterr().out
-    assert run.load_run(half_done / "tiny").train.log_every == 2
+    assert load_run(half_done / "tiny").train.log_every == 2
 
 
 def test_images_and_lists_may_lie_elsewhere(
@@ -279,17 +279,17 @@ def test_images_and_lists_may_lie_elsewhere(
         return tiny_run(own, "data.workers=0", *more)
 
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(options(pictures, f"data.lists={folders[0]}"), tmp_path) == 75
+    assert run.train(options(pictures, f"data.lists={folders[0]}"), tmp_path) == "interrupted"
     with pytest.raises(UserError, match=rf"trained with another config[\s\S]*data\.lists: {folders[0]} → None"):
         run.train(options(pictures), tmp_path)
     moved = pictures.rename(tmp_path / "moved")
-    assert run.train(options(moved, f"data.lists={folders[1]}"), tmp_path) == 0
+    assert run.train(options(moved, f"data.lists={folders[1]}"), tmp_path) == "finished"
     assert f"data.lists: {folders[0]} → {folders[1]}" in capsys.readouterr().out
 
 
 def test_allowed_changes_take_effect(half_done: Path) -> None:
     options = ["optim.lr=0.5", "optim.schedule=constant", "optim.weight_decay=0", "optim.ema=null"]
-    assert run.train(tiny_run(*options, "allow_changes=true"), half_done) == 0
+    assert run.train(tiny_run(*options, "allow_changes=true"), half_done) == "finished"
     assert column(half_done / "tiny", "learning_rate")[3:] == [0.5, 0.5, 0.5]
     assert checkpoint(half_done / "tiny")["ema"] is None
 
@@ -317,17 +317,17 @@ def test_weight_decay_that_was_changed_is_used(half_done: Path, monkeypatch: pyt
 
 
 def test_smaller_passes_keep_the_global_batch(half_done: Path) -> None:
-    assert run.train(tiny_run("data.batch=16"), half_done) == 0
+    assert run.train(tiny_run("data.batch=16"), half_done) == "finished"
     counters = checkpoint(half_done / "tiny")["counters"]
     assert counters["images_seen"] == 6 * 32
 
 
 def test_a_finished_run_is_left_as_it_is(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run.train(tiny_run(), half_done) == 0
+    assert run.train(tiny_run(), half_done) == "finished"
     before = {file: file.read_bytes() for file in (half_done / "tiny" / "checkpoints").iterdir()}
     written = (half_done / "tiny" / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("nvae.training.watching.Watcher.bounds", lambda *args: pytest.fail("validated again"))
-    assert run.train(tiny_run(), half_done) == 0
+    assert run.train(tiny_run(), half_done) == "finished"
     assert {file: file.read_bytes() for file in (half_done / "tiny" / "checkpoints").iterdir()} == before
     assert (half_done / "tiny" / "metrics.jsonl").read_bytes() == written
     assert outcome(half_done / "tiny") == {"outcome": "finished", "step": 6, "message": ""}
@@ -347,7 +347,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
     tmp_path: Path, uninterrupted: Path, at_step: Callable[[int, Callable[[], Any]], None]
 ) -> None:
     at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(*OPTIONS), tmp_path) == 75
+    assert run.train(tiny_run(*OPTIONS), tmp_path) == "interrupted"
     newest = tmp_path / "tiny" / "checkpoints" / "step-000000007.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     finish(tmp_path)
@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
 
 def test_a_warm_start_takes_the_weights_and_begins_at_step_0(half_done: Path, tmp_path_factory: Any) -> None:
     runs = tmp_path_factory.mktemp("warm")
-    assert run.train(tiny_run(f"train.init_from={half_done / 'tiny'}", "train.steps=1"), runs) == 0
+    assert run.train(tiny_run(f"train.init_from={half_done / 'tiny'}", "train.steps=1"), runs) == "finished"
     source, content = checkpoint(half_done / "tiny"), checkpoint(runs / "tiny", 0)
     assert differences(content["model"], source["model"]) == []
     assert differences(content["ema"], source["model"]) == []

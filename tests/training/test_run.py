@@ -11,12 +11,14 @@ import torch
 from places import ROOT
 from tiny_run import TINY, checkpoint, column, tiny_run
 
+from nvae.commands import command
 from nvae.core import distributed
 from nvae.core.config import dump_yaml, validate
 from nvae.core.errors import UserError
 from nvae.core.precision import allow_tf32, precision_on
 from nvae.data.config import DataConfig
 from nvae.training import run
+from nvae.training.config import load_run, read_run_config, run_config
 from nvae.training.continuation import with_global_batch
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -41,15 +43,15 @@ def test_sections_that_do_not_agree_are_told_apart(overrides: list[str], sentenc
 
 
 def test_a_run_is_named_after_its_recipe() -> None:
-    assert run.read_run_config(ROOT / "configs" / "debug.yaml", []).name == "debug"
-    assert run.read_run_config(ROOT / "configs" / "debug.yaml", ["name=mine"]).name == "mine"
+    assert read_run_config(ROOT / "configs" / "debug.yaml", []).name == "debug"
+    assert read_run_config(ROOT / "configs" / "debug.yaml", ["name=mine"]).name == "mine"
 
 
 def test_the_family_of_a_config_decides_its_fields() -> None:
     with pytest.raises(UserError, match=r"model\.encoder_channels: unknown field"):
-        run.run_config({**TINY, "model": {**TINY["model"], "family": "vdvae"}}, "tiny")
+        run_config({**TINY, "model": {**TINY["model"], "family": "vdvae"}}, "tiny")
     with pytest.raises(UserError, match=r"model\.family: unknown family 'nvea'; did you mean 'nvae'\?"):
-        run.run_config({**TINY, "model": {"family": "nvea"}}, "tiny")
+        run_config({**TINY, "model": {"family": "nvea"}}, "tiny")
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -87,7 +89,7 @@ def test_shares_that_are_uneven_are_refused() -> None:
 def test_batches_are_printed_and_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.train(tiny_run("data.global_batch=64", "train.steps=1"), tmp_path)
     assert "64 images per update (32 per process and pass)" in capsys.readouterr().out
-    config = run.load_run(tmp_path / "tiny")
+    config = load_run(tmp_path / "tiny")
     assert (config.data.global_batch, config.data.batch) == (64, 32)
 
 
@@ -176,9 +178,9 @@ def test_a_mistake_ends_with_code_2_and_one_line(
 
 def test_an_interruption_ends_with_code_75(monkeypatch: pytest.MonkeyPatch) -> None:
     ignored: list[bool] = []
-    monkeypatch.setattr(run, "ignore_signals", lambda: ignored.append(True))
+    monkeypatch.setattr(command, "ignore_signals", lambda: ignored.append(True))
     with pytest.raises(SystemExit) as ended:
-        run.command(lambda: run.EXIT_INTERRUPTED)
+        command.command(lambda: command.EXIT_INTERRUPTED)
     assert ended.value.code == 75
     assert ignored == [True]
 
@@ -201,5 +203,5 @@ def test_the_config_of_a_run_is_found_from_its_folder_and_its_checkpoints(tmp_pa
     run.train(tiny_run("train.steps=1"), tmp_path)
     folder = tmp_path / "tiny"
     expected = tiny_run("train.steps=1", "data.global_batch=32")
-    assert run.load_run(folder) == expected
-    assert run.load_run(folder / "checkpoints" / "best.pt") == expected
+    assert load_run(folder) == expected
+    assert load_run(folder / "checkpoints" / "best.pt") == expected

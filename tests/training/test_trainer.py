@@ -19,7 +19,7 @@ from nvae.data.loading import Batch, TrainingStream, evaluation_batches
 from nvae.data.sets import open_images
 from nvae.evaluation.bounds import evaluate_batches
 from nvae.models.base import Output
-from nvae.training import run
+from nvae.training import run, setup
 from nvae.training.adamax import Adamax
 from nvae.training.optim import Schedule
 from nvae.training.trainer import Trainer
@@ -30,7 +30,7 @@ Alter = Callable[[Callable[[Any], Any]], None]
 
 def trained(folder: Path, *overrides: str) -> Path:
     """Trains to the end; the run's folder."""
-    assert run.train(tiny_run(*overrides), folder) == 0
+    assert run.train(tiny_run(*overrides), folder) == "finished"
     return folder / "tiny"
 
 
@@ -39,14 +39,14 @@ def alter(monkeypatch: pytest.MonkeyPatch) -> Alter:
     """Lets a function change the model before it is trained."""
 
     def patch(change: Callable[[Any], Any]) -> None:
-        original = run.build
+        original = setup.build
 
         def build(config: Any) -> Any:
             model = original(config)
             change(model)
             return model
 
-        monkeypatch.setattr(run, "build", build)
+        monkeypatch.setattr(setup, "build", build)
 
     return patch
 

@@ -19,7 +19,7 @@ from nvae.core.errors import UserError
 from nvae.models.vdvae.model import VDVAE
 from nvae.models.vdvae.published import to_published
 from nvae.training import run
-from nvae.training.run import AnyRunConfig, run_config
+from nvae.training.config import AnyRunConfig, run_config
 from nvae.training.trainer import Trainer
 
 MODEL = {
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("vdvae")
-    assert run.train(config(), folder) == 0
+    assert run.train(config(), folder) == "finished"
     return folder / "tiny"
 
 
@@ -87,7 +87,7 @@ def test_the_measured_moments_are_kept_in_the_run_and_its_checkpoints(trained: P
 def test_a_run_that_died_ends_as_if_it_had_not(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConnectionAbortedError):
         run.train(config(), tmp_path)
-    assert run.train(config(), tmp_path) == 0
+    assert run.train(config(), tmp_path) == "finished"
     assert differences(checkpoint(tmp_path / "tiny"), checkpoint(trained)) == []
     assert log(tmp_path / "tiny") == log(trained)
 
@@ -98,7 +98,7 @@ def test_a_run_starts_from_a_published_checkpoint(trained: Path, tmp_path: Path)
     assert isinstance(model, VDVAE)
     published = tmp_path / "published.th"
     torch.save(to_published(model), published)
-    assert run.train(config(f"train.init_from={published}", "train.steps=1"), tmp_path) == 0
+    assert run.train(config(f"train.init_from={published}", "train.steps=1"), tmp_path) == "finished"
     content = checkpoint(tmp_path / "tiny", 0)
     assert differences(content["model"], model.state_dict()) == []
     assert differences(content["ema"], model.state_dict()) == []
@@ -144,7 +144,7 @@ def test_two_processes_train_as_one(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["train.recompute=cells", "train.precision=bf16"])
 def test_options_of_the_engine_work(trained: Path, tmp_path: Path, option: str) -> None:
-    assert run.train(config(option), tmp_path) == 0
+    assert run.train(config(option), tmp_path) == "finished"
     tolerance = 1e-6 if "recompute" in option else 0.02
     assert column(tmp_path / "tiny", "nelbo") == pytest.approx(column(trained, "nelbo"), rel=tolerance)
 
@@ -178,7 +178,7 @@ def test_its_evaluation_is_compiled_where_asked_for(trained: Path, monkeypatch: 
     ids=lambda arguments: arguments[0],
 )
 def test_its_samples_and_latents_are_seen_like_any_other_s(trained: Path, arguments: list[Any]) -> None:
-    assert call("sample", trained, *arguments, "--num", 2) == 0
+    assert call("sample", trained, *arguments, "--count", 2) == 0
 
 
 def test_it_has_a_page(trained: Path) -> None:

@@ -159,11 +159,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tens
     return y
 
 
-def input_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, int, int, int], stride: int) -> Tensor:
-    """The gradient of x of `shape` (B, C, H, W), from that of y (B, C, h, w)."""
-    batch, channels, height, width = shape
-    out_height, out_width = grad.shape[2:]
-    x_grad = _like(grad, shape)
+def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """The gradient (B, C, H, W) of x, from that of y (B, C, h, w)."""
+    batch, channels, out_height, out_width = grad.shape
+    x_grad = _like(grad, (batch, channels, height, width))
     grid = (batch * height, triton.cdiv(width, BLOCK_COLUMNS), triton.cdiv(channels, BLOCK_CHANNELS))
     _input_gradient[grid](
         _rows(grad),

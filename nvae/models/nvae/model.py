@@ -5,130 +5,29 @@ Shapes: B batch, C channels, H W space, G latent groups (top-down), S scales, L 
 between the image and its latents.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...bricks import bottleneck as inference
-from ...bricks.cells import ARCHITECTURES, Cell, Op, RegularOp, Separable
+from ...bricks.cells import ARCHITECTURES, Cell, Op, RegularOp
 from ...bricks.convolutions import Conv2d, EffectiveWeights
-from ...bricks.flows import FlowCell
-from ...bricks.folding import IN_CPP, composed, fold
-from ...bricks.latents import Normal, Score, score, sum_with_each
+from ...bricks.folding import IN_CPP, fold
+from ...bricks.groups import LatentGroup, Tower
+from ...bricks.latents import Draw, Normal
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.normalisation import BatchNorm
 from ...bricks.recomputation import Recomputable
 from ...bricks.regularizers import SpectralPenalty, batch_norm_penalty
-from ...core.config import nearest
-from ...core.precision import at_least_float32
-from ...kernels.fusion import compile_each
-from ..base import (
-    Draw,
-    Family,
-    Metrics,
-    ModelConfig,
-    Noise,
-    Output,
-    Recomputation,
-    Temperature,
-    temperatures,
-)
-from .objective import (
-    ObjectiveConfig,
-    balance_factors,
-    balance_weights,
-    balanced_kl,
-    kl_coefficient,
-    spectral_weight,
-)
-
-
-class NVAEConfig(ModelConfig):
-    family: Literal["nvae"] = "nvae"
-    """Which family of models."""
-    scales: int = Field(1, ge=1)
-    """Number of latent resolutions; each is half the one before."""
-    groups: int = Field(10, ge=1)
-    """Latent groups at the largest latent resolution."""
-    adaptive_groups: bool = False
-    """Halve the number of groups from scale to scale; otherwise all scales have the same."""
-    min_groups: int = Field(1, ge=1)
-    """Fewest groups a scale may have when adaptive."""
-    latent_channels: int = Field(20, ge=1)
-    """Channels of a latent variable, L."""
-    encoder_channels: int = Field(32, ge=4)
-    """Bottom-up channels at the image's resolution; they double at every halving."""
-    decoder_channels: int = Field(32, ge=4)
-    """Top-down channels at the image's resolution; they double at every halving."""
-    halvings: int = Field(1, ge=0)
-    """Halvings before the largest latent resolution (blocks of pre-processing, and of post-processing)."""
-    preprocess_cells: int = Field(2, ge=1)
-    """Cells of a pre-processing block; the last one halves the resolution."""
-    postprocess_cells: int = Field(2, ge=1)
-    """Cells of a post-processing block; the first one doubles the resolution."""
-    encoder_cells: int = Field(2, ge=0)
-    """Bottom-up cells per latent group."""
-    decoder_cells: int = Field(2, ge=0)
-    """Top-down cells per latent group."""
-    flows: int = Field(0, ge=0)
-    """Inverse-autoregressive flow cells per group, on the posterior."""
-    squeeze_excite: bool = True
-    """Squeeze-and-excitation in every cell."""
-    residual_posterior: bool = True
-    """The encoder gives the posterior relative to the prior (paper §3.2)."""
-    architecture: str = "res_mbconv"
-    """Which cells stand where: a row of the architecture table (nvae/bricks/cells.py)."""
-    objective: ObjectiveConfig = ObjectiveConfig()
-
-    @model_validator(mode="after")
-    def _possible(self) -> "NVAEConfig":
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture: no '{self.architecture}'{nearest(self.architecture, ARCHITECTURES)}")
-        halvings = self.halvings + self.scales - 1
-        if self.image_size % 2**halvings:
-            possible = (self.image_size & -self.image_size).bit_length() - 1
-            raise ValueError(
-                f"image_size: {self.image_size} pixels can be halved {possible} times; halvings={self.halvings} and "
-                f"scales={self.scales} need {halvings} (a multiple of {2**halvings} pixels)"
-            )
-        self._require_whole_groups("encoder_channels", ARCHITECTURES[self.architecture].preprocess)
-        self._require_whole_groups("decoder_channels", ARCHITECTURES[self.architecture].postprocess)
-        return self
-
-    def _require_whole_groups(self, field: str, ops: tuple[Op, ...]) -> None:
-        """Raises ValueError where the groups of a convolution do not divide the channels at the image's resolution."""
-        for op in ops if self.halvings else ():
-            channels: int = getattr(self, field)
-            if isinstance(op, Separable) and op.groups and op.expansion * channels % op.groups:
-                raise ValueError(
-                    f"{field}: {self.architecture} convolves in {op.groups} groups, so a multiple of "
-                    f"{op.groups // math.gcd(op.groups, op.expansion)} is needed, found {channels}"
-                )
-
-    @property
-    def groups_per_scale(self) -> list[int]:
-        """Number of groups of each scale, bottom-up from the largest latent resolution (spec §2)."""
-        if not self.adaptive_groups:
-            return [self.groups] * self.scales
-        return [max(self.groups // 2**scale, self.min_groups) for scale in range(self.scales)]
-
-    @property
-    def levels(self) -> list[int]:
-        """The halvings of each group's resolution, top-down."""
-        by_scale = enumerate(self.groups_per_scale)
-        return [self.halvings + scale for scale, count in reversed(list(by_scale)) for _ in range(count)]
-
-    @property
-    def is_vanilla(self) -> bool:
-        """One scale with one group: a plain VAE, without towers (spec §2)."""
-        return self.groups_per_scale == [1]
+from ...kernels.operations import memory_format
+from ..base import FirstImages, Metrics, ModelConfig, Noise, Output, Recomputation, TopDown
+from ..hierarchy import Hierarchy
+from .config import NVAEConfig
+from .objective import balance_factors, balance_weights, balanced_kl, kl_coefficient, spectral_weight
 
 
 @dataclass
@@ -145,100 +44,65 @@ class Features:
         return Features(self.target.repeat(times, 1, 1, 1), self.taps)
 
 
-class LatentGroup(nn.Module):
-    """One group of latents: its cells in both towers, its distributions, and how its z enters the decoder (spec §2)."""
+class TopDownPass(TopDown):
+    """The decoder's state on its way through the groups."""
 
-    def __init__(self, config: NVAEConfig, level: int, *, first: bool) -> None:
-        super().__init__()
-        architecture = ARCHITECTURES[config.architecture]
-        encoder, decoder = config.encoder_channels * 2**level, config.decoder_channels * 2**level
-        latent, plain = config.latent_channels, config.is_vanilla
-        self.is_first, self.is_vanilla, self.residual_posterior = first, plain, config.residual_posterior
+    def __init__(self, model: "NVAE", features: Features | None, n: int) -> None:
+        self.model, self.features = model, features
+        self.groups = model.latent_groups
+        self.place = 0
+        """Of the next group."""
+        self.state = model.entering(0, model.initial_state(n))
+        """(n, C, h, w), at the next group after its cells."""
+        self._prior_raw: Tensor | None = None
 
-        def cells(ops: tuple[Op, ...], channels: int, count: int) -> nn.Sequential:
-            return nn.Sequential(*(Cell(ops, channels, "same", config.squeeze_excite) for _ in range(count)))
+    @property
+    def _group(self) -> LatentGroup:
+        return self.groups[self.place]
 
-        self.encoder_cells = cells(architecture.encoder, encoder, 0 if plain else config.encoder_cells)
-        self.posterior = Conv2d(encoder, 2 * latent, 3)
-        self.flow = nn.ModuleList(FlowCell(latent) for _ in range(config.flows))
-        self.decoder_cells = cells(architecture.decoder, decoder, 0 if first else config.decoder_cells)
-        self.combine = Conv2d(latent if plain else decoder + latent, decoder)
-        if not first:
-            self.merge = Conv2d(decoder, encoder)
-            self.prior = Conv2d(decoder, 2 * latent)
-        self.merged: Conv2d | None = None
-        """For inference, what `posterior` makes of `merge`: one convolution of the decoder state."""
-        self.normal: Callable[..., Normal] = Normal.from_sum
-        self.score: Callable[..., Score] = score
+    @property
+    def _tap(self) -> Tensor:
+        assert self.features is not None, "without features there is no posterior"
+        return self.features.taps[self.place]
 
-    def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
-        """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3).
+    def prior(self, temperature: float = 1.0) -> Normal:
+        """(n, L, h, w), σ times the temperature."""
+        return self._group.normal([self._raw()], temperature)
 
-        state (K·B, C, h, w), tap (B, …, h, w) from `seen`, noise and given (K·B, L, h, w); K any number.
-        """
-        prior_raw = self.prior_raw(state, like=noise)
-        p = self.normal([prior_raw])
-        q = self.normal(self.posterior_raws(tap, state, prior_raw))
-        if given is not None:
-            z, drawn = given, self.before_flow(given)
-        else:
-            drawn = q.draw(noise)
-            z = self.through_flow(drawn)
-        scored = self.score(q, p, drawn, z, closed=len(self.flow) == 0)
-        return Draw(self.combined(state, z), z, scored, q, p)
+    def posterior(self) -> Normal:
+        """(n, L, h, w). Of the draw before its flows; `flowed` makes the z of it that may enter."""
+        return self._group.normal(self._group.posterior_raws(self._tap, self.state, self._raw()))
 
-    def prior_raw(self, state: Tensor, like: Tensor) -> Tensor:
-        """Raw prior parameters (B, 2L, h, w) from the decoder state; zeros for the first group (spec §3)."""
-        if self.is_first:
-            return torch.zeros_like(like).repeat(1, 2, 1, 1)
-        return at_least_float32(self.prior(state, "elu"))
+    def flowed(self, drawn: Tensor) -> Tensor:
+        """What the group's flow cells make of a draw from its posterior."""
+        return self._group.through_flow(drawn)
 
-    def seen(self, features: Tensor) -> Tensor:
-        """What the posterior takes of the encoder's features (B, C, h, w): computed once, however many the draws."""
-        if self.merged is None:
-            return features
-        assert self.merge.bias is not None
-        return cast(Tensor, self.posterior(features + self.merge.bias[:, None, None]))
+    def enter(self, z: Tensor) -> None:
+        """The z after its flows, (n, L, h, w)."""
+        self._go_on(self._group.entered(self.state, z))
 
-    def posterior_raws(self, tap: Tensor, state: Tensor, prior_raw: Tensor) -> list[Tensor]:
-        """What raw parameters (K·B, 2L, h, w) of the posterior are the sum of; residual ones add to the prior's."""
-        if self.is_first:
-            return [prior_raw, self.posterior(tap)]
-        if self.merged is None:
-            raws = [self.posterior(sum_with_each(self.merge(state), tap))]
-        else:
-            raws = [self.merged(state), tap]
-        return [prior_raw, *raws] if self.residual_posterior else raws
+    def draw(self, noise: Tensor, given: Tensor | None = None) -> Draw:
+        """Everything at the next group, as the one function that is trained."""
+        draw: Draw = self._group(self.state, self._tap, noise, given)
+        self._go_on(draw.state)
+        return draw
 
-    def fold(self) -> None:
-        """For inference: P(tap + M(state)) as P(tap + M's bias), once an image, plus one convolution of the state."""
-        if not self.is_first:
-            self.merged = composed(self.posterior, self.merge)
-        self.normal, self.score = inference.normal, inference.score
+    def likelihood(self) -> Likelihood:
+        """p(x | z)."""
+        assert self.place == len(self.groups), "not every group has its z"
+        return self.model.likelihood(self.state)
 
-    def through_flow(self, z: Tensor) -> Tensor:
-        """The posterior draw after its flow cells."""
-        for cell in self.flow:
-            z = cell(z)
-        return z
+    def _raw(self) -> Tensor:
+        if self._prior_raw is None:
+            self._prior_raw = self._group.prior_raw(self.state)
+        return self._prior_raw
 
-    def before_flow(self, z: Tensor) -> Tensor:
-        """The draw that the flow cells turned into z."""
-        for cell in reversed(self.flow):
-            z = cast(FlowCell, cell).inverse(z)
-        return z
-
-    def combined(self, state: Tensor, z: Tensor) -> Tensor:
-        """The decoder state (B, C, h, w) after z has entered it."""
-        z = z.to(state.dtype)
-        if self.is_vanilla:
-            return cast(Tensor, self.combine(z))
-        if isinstance(self.combine, inference.Convolution):
-            return cast(Tensor, self.combine(state, other=z))
-        return cast(Tensor, self.combine(torch.cat([state, z], dim=1)))
+    def _go_on(self, state: Tensor) -> None:
+        self.place, self._prior_raw = self.place + 1, None
+        self.state = self.model.entering(self.place, state) if self.place < len(self.groups) else state
 
 
-class NVAE(Family[NVAEConfig]):
+class NVAE(Hierarchy[NVAEConfig]):
     """The hierarchy of spec §2: stem, pre-processing, two towers joined at every group, post-processing."""
 
     config_type: ClassVar[type[ModelConfig]] = NVAEConfig
@@ -263,7 +127,7 @@ class NVAE(Family[NVAEConfig]):
         self.top = Conv2d(encoder * 2**top, encoder * 2**top)
 
         # Both towers, top-down; `down[s]` and `up[s]` join scale s (0 smallest) with the next larger one.
-        self.groups = nn.ModuleList(LatentGroup(config, level, first=g == 0) for g, level in enumerate(levels))
+        self.groups = nn.ModuleList(_group(config, level, first=g == 0) for g, level in enumerate(levels))
         joints = range(top - 1, config.halvings - 1, -1)  # level of the larger resolution at each joint, top-down
         self.down = nn.ModuleList(cell(architecture.encoder, encoder * 2**level, "down") for level in joints)
         self.up = nn.ModuleList(cell(architecture.decoder, decoder * 2 ** (level + 1), "up") for level in joints)
@@ -284,56 +148,30 @@ class NVAE(Family[NVAEConfig]):
         self.weights = EffectiveWeights(self)
         self.spectral = SpectralPenalty(self.weights.shapes)
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
-        self._known_started = False
         self.recompute = False
-        self.register_load_state_dict_post_hook(_forget_start)  # type: ignore[no-untyped-call]
 
     @property
-    def _latent_groups(self) -> list[LatentGroup]:
+    def latent_groups(self) -> list[LatentGroup]:
         """Top-down."""
         return cast("list[LatentGroup]", list(self.groups))
 
     # ------------------------------------------------------------------------------------------------- the contract
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Output:
-        """(B, C, H, W) in [0, 1] -> Output. In training the first batch sets what starts from data (`res_elu`)."""
-        if self.training and not self.has_started:
-            self._start_from(x, noise)
-        self.weights.refresh()
-        features = self._bottom_up(x)
-        return self._top_down(features, noise)
+    def forward(self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None) -> Output:
+        """(B, C, H, W) in [0, 1] -> Output. Both ways with one set of effective weights."""
+        features = self.encode(x, labels)
+        return self.decoded(TopDownPass(self, features, len(x)), features.target, noise)
 
-    def encode(self, x: Tensor) -> Features:
+    def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
+        self.check_labels(labels, len(x))
         self.weights.refresh()
-        return self._bottom_up(x)
+        return self.bottom_up(x)
 
-    def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
-        """Draws from the posterior and decodes. Given latents (the first groups, top-down) are scored, not drawn."""
+    def top_down(self, features: Any = None, n: int = 1, labels: Tensor | None = None) -> TopDown:
+        """A pass through the groups one by one, of encoded images, or without them of n images from the prior."""
         self.weights.refresh()
-        return self._top_down(features, noise, latents or ())
-
-    def sample(
-        self,
-        n: int,
-        temperature: Temperature = 1.0,
-        noise: Noise | None = None,
-        latents: Sequence[Tensor] | None = None,
-    ) -> Likelihood:
-        """n images from the prior, every group's σ times the temperature (spec §7)."""
-        self.weights.refresh()
-        scale = temperatures(temperature, len(self.groups))
-        noise = self.noise_for(n, noise)
-        self.check_fit("latents", latents or (), n)
-        state = self._first_state(n)
-        for g, group in enumerate(self._latent_groups):
-            state = self._entering(g, state)
-            if latents and g < len(latents):
-                z = latents[g]
-            else:
-                z = group.normal([group.prior_raw(state, like=noise[g])], scale[g]).draw(noise[g])
-            state = group.combined(state, z)
-        return self._likelihood(state)
+        return TopDownPass(self, features, n if features is None else len(features.target))
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, L, h, w) of each group, top-down."""
@@ -376,52 +214,40 @@ class NVAE(Family[NVAEConfig]):
     def for_inference(self) -> "NVAE":
         """A copy with the weights and statistics of now, whose batch norms are part of its convolutions."""
         model = deepcopy(self).eval()
-        for group in model._latent_groups:
+        for group in model.latent_groups:
             group.fold()
         fold(model)
         model.weights = EffectiveWeights(model, besides=IN_CPP)
         return model
 
-    def compile_parts(self) -> None:
-        """Compiles cells and latent groups; those of a kind share their code, so depth costs no time to compile.
-
-        What runs in C++ already (nvae/bricks/bottleneck.py) is left as it is.
-        """
-        in_cpp = any(isinstance(module, IN_CPP) for module in self.modules())
-        kinds = (Cell,) if in_cpp else (Cell, LatentGroup)
-        compile_each(module for module in self.modules() if isinstance(module, kinds))
-
-    def mark_loaded(self) -> None:
-        """Loaded weights count as started from data."""
-        self.started.fill_(True)
-        self._known_started = True
-
-    # ------------------------------------------------------------------------------------------- starting from data
-
-    @property
-    def has_started(self) -> bool:
-        """False before the first batch has set what starts from data (`res_elu`)."""
-        self._known_started = self._known_started or bool(self.started)
-        return self._known_started
+    def parts(self) -> Iterator[nn.Module]:
+        """Cells and latent groups."""
+        for module in self.modules():
+            if isinstance(module, Cell) or (isinstance(module, LatentGroup) and module.worth_compiling):
+                yield module
 
     @torch.no_grad()
-    def _start_from(self, x: Tensor, noise: Noise | None) -> None:
-        """One pass in which each op without batch norm sets its start from the input it gets, without autocast."""
+    def begin(self, first: FirstImages) -> None:
+        """Without batch norm (`res_elu`), sets each op by the input it gets from the first batch (spec §1)."""
+        if self.started:
+            return
+        batch = next(iter(first.batches))
         ops = [m for m in self.modules() if isinstance(m, RegularOp) and m.norm is None]
         hooks = [op.register_forward_pre_hook(lambda op, inputs: op.start_from(*inputs)) for op in ops]
         self.weights.clear()
-        with torch.autocast(x.device.type, enabled=False):
-            self._top_down(self._bottom_up(x), noise)
+        features = self.bottom_up(batch.images)
+        self.decoded(TopDownPass(self, features, len(batch.images)), features.target, batch.noise())
         for hook in hooks:
             hook.remove()
         self.started.fill_(True)
 
     # --------------------------------------------------------------------------------------------------- bottom-up
 
-    def _bottom_up(self, x: Tensor) -> Features:
+    def bottom_up(self, x: Tensor) -> Features:
+        """With the effective weights of now."""
         likelihood = self.config.likelihood
         target = quantise(x, likelihood.bits, likelihood.grid)
-        image = (2 * target - 1).contiguous(memory_format=torch.channels_last)
+        image = (2 * target - 1).contiguous(memory_format=memory_format())
         state = self.preprocess(self.stem(image))
         taps: list[Tensor] = []
         for g in reversed(range(len(self.groups))):
@@ -431,39 +257,28 @@ class NVAE(Family[NVAEConfig]):
             taps.append(state)
             if (joint := self.joint_above(g)) is not None:
                 state = self.down[joint](state)
-        seen = [group.seen(tap) for group, tap in zip(self._latent_groups, reversed(taps), strict=True)]
+        seen = [group.seen(tap) for group, tap in zip(self.latent_groups, reversed(taps), strict=True)]
         return Features(target, seen)
 
     # ---------------------------------------------------------------------------------------------------- top-down
 
-    def _top_down(self, features: Features, noise: Noise | None, given: Sequence[Tensor] = ()) -> Output:
-        """Algorithm of spec §2 and §3: at each group the prior, the posterior, a draw, and on with the state."""
-        batch = features.target.shape[0]
-        noise = self.noise_for(batch, noise)
-        self.check_fit("latents", given, batch)
-        state = self._first_state(batch)
-        draws: list[Draw] = []
-        for g, group in enumerate(self.groups):
-            z = given[g] if g < len(given) else None
-            draws.append(group(self._entering(g, state), features.taps[g], noise[g], z))
-            state = draws[-1].state
-        return Output.of(self._likelihood(state), features.target, draws)
-
-    def _first_state(self, batch: int) -> Tensor:
-        return self.first_state.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    def initial_state(self, n: int) -> Tensor:
+        """The learned first state of the decoder, of n images."""
+        return self.first_state.expand(n, -1, -1, -1).contiguous(memory_format=memory_format())
 
     def joint_above(self, g: int) -> int | None:
         """The index in `down` and `up` of the joint of scales between group g and the one above it, if there is one."""
         levels = self.config.levels
         return levels[0] - levels[g] - 1 if g > 0 and levels[g] < levels[g - 1] else None
 
-    def _entering(self, g: int, state: Tensor) -> Tensor:
+    def entering(self, g: int, state: Tensor) -> Tensor:
         """The decoder state at group g's resolution, after its cells."""
         if (joint := self.joint_above(g)) is not None:
             state = self.up[joint](state)
         return cast(Tensor, cast(LatentGroup, self.groups[g]).decoder_cells(state))
 
-    def _likelihood(self, state: Tensor) -> Likelihood:
+    def likelihood(self, state: Tensor) -> Likelihood:
+        """p(x | z) from the state after the last group."""
         params = self.head(self.postprocess(state), "elu")
         config = self.config.likelihood
         return LIKELIHOODS[config.kind](params, config, self.config.image_channels, recompute=self.recompute)
@@ -480,5 +295,16 @@ class NVAE(Family[NVAEConfig]):
         return balance_factors(scales, device)
 
 
-def _forget_start(model: nn.Module, incompatible: Any) -> None:
-    model._known_started = False  # type: ignore[assignment]
+def _group(config: NVAEConfig, level: int, *, first: bool) -> LatentGroup:
+    architecture, plain = ARCHITECTURES[config.architecture], config.is_vanilla
+    encoder_cells, decoder_cells = 0 if plain else config.encoder_cells, 0 if first else config.decoder_cells
+    return LatentGroup(
+        Tower(architecture.encoder, config.encoder_channels * 2**level, encoder_cells),
+        Tower(architecture.decoder, config.decoder_channels * 2**level, decoder_cells),
+        config.latent_channels,
+        flows=config.flows,
+        squeeze_excite=config.squeeze_excite,
+        residual_posterior=config.residual_posterior,
+        first=first,
+        vanilla=plain,
+    )

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...bricks.cells import ARCHITECTURES, Cell, RegularOp, Separable, SeparableOp
 from ...bricks.convolutions import Conv2d
+from ...bricks.groups import LatentGroup
 from ...bricks.likelihoods import LikelihoodConfig, MixtureEdge
 from ...bricks.normalisation import BatchNorm
 from ...bricks.resampling import DownSkip, UpSkip
@@ -20,7 +21,8 @@ from ...core.config import user_error
 from ...core.errors import UserError
 from ..base import Family, ModelConfig
 from ..renaming import load_renamed, renamed
-from .model import NVAE, LatentGroup, NVAEConfig
+from .config import NVAEConfig
+from .model import NVAE
 
 FAMILY: type[Family[Any]] = NVAE
 SAFE_TYPES = (argparse.Namespace,)
@@ -148,7 +150,7 @@ def _told(config: NVAEConfig) -> dict[str, Any]:
 
 def _tower_names(model: NVAE) -> Iterator[tuple[nn.Module, str]]:
     """(module, published prefix) of everything that has parameters, cells as a whole."""
-    groups = [group for group in model.groups if isinstance(group, LatentGroup)]
+    groups = model.latent_groups
     yield model.stem, "stem"
     yield from ((cell, f"pre_process.{i}") for i, cell in enumerate(model.preprocess))
     yield model.top, "enc0.1"
@@ -242,7 +244,6 @@ def from_published(content: dict[str, Any], edge: MixtureEdge = "published", con
     model = NVAE(config_from_args(content["args"], edge))
     tensors = {name: tensor for name, tensor in content["state_dict"].items() if not name.endswith(REDUNDANT)}
     load_renamed(model, tensors, tensor_names(model), "args")
-    model.mark_loaded()
     return model.eval()
 
 

@@ -13,7 +13,8 @@ from ...bricks.likelihoods import MixtureEdge
 from ...core.errors import UserError
 from ..base import Family, ModelConfig
 from ..renaming import load_renamed, renamed
-from .model import VDVAE, Block, EncoderBlock, LatentBlock, VDVAEConfig
+from .config import VDVAEConfig
+from .model import VDVAE, Block, EncoderBlock, LatentBlock
 
 FAMILY: type[Family[Any]] = VDVAE
 WRAPPER = "module."

@@ -1,0 +1,54 @@
+"""How a new run begins: its family sets what starts from data, by the first images of training and their noise."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.distributed import check_same, to_all_ranks, world_size
+from ..core.randomness import keyed_normal
+from ..data.config import DataConfig
+from ..data.images import Images
+from ..data.loading import TrainingStream
+from ..models.base import Family, FirstBatch, FirstImages
+from .state import TrainingState
+
+
+def training_noise(model: Family[Any], indices: list[int], seed: int) -> list[Tensor]:
+    """The noise of training's images, each keyed on the number of its draw."""
+    device = next(model.parameters()).device
+    return keyed_normal(model.latent_shapes(len(indices)), indices, seed, "latents", device)
+
+
+def begin(state: TrainingState, images: Images, data: DataConfig, seed: int) -> None:
+    """Lets the family of a new run set what starts from its first images: on every rank, with rank 0's result.
+
+    Raises UserError when ranks start from different numbers.
+    """
+    device = next(state.model.parameters()).device
+    check_same(state.tensors(), device)
+    state.begin(FirstImages(_FirstBatches(state.model, images, data, seed), len(images), seed))
+    to_all_ranks(state.tensors().values())  # GPUs may differ in the last bit
+
+
+@dataclass(frozen=True)
+class _FirstBatches:
+    """The batches of a run from its first image on, as all ranks together see them; anew in each iteration."""
+
+    model: Family[Any]
+    images: Images
+    data: DataConfig
+    seed: int
+
+    def __iter__(self) -> Iterator[FirstBatch]:
+        device = next(self.model.parameters()).device
+        data = self.data.model_copy(update={"batch": self.data.batch * world_size()})
+        stream = TrainingStream(self.images, data, seed=self.seed, device=torch.device("cpu"))
+        with closing(stream.batches(start=0)) as batches:
+            for batch in batches:
+                noise = partial(training_noise, self.model, batch.indices, self.seed)
+                yield FirstBatch(batch.images.to(device), batch.labels.to(device), noise)

@@ -1,0 +1,176 @@
+"""From a config to a trainer: data, model, optimiser and schedule, where the newest checkpoint left them."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checkpoints.loading import load_checkpoint
+from ..core.distributed import rank, world_size
+from ..core.errors import UserError
+from ..core.precision import Precision, computed_in
+from ..data.loading import TrainingStream
+from ..data.sets import open_images
+from ..kernels.fusion import compile_each
+from ..kernels.operations import settle, use
+from ..models.base import Family, ModelConfig
+from ..models.registry import build
+from .beginning import begin
+from .config import AnyRunConfig, run_config
+from .content import Content, changed_images, content_in, content_of
+from .continuation import changes, continued, naming_fields, require_same_config, with_global_batch
+from .folder import RunFolder
+from .interruption import Interruption
+from .optim import Averaged, OptimConfig, Schedule, SkipRule, build_optimiser
+from .state import TrainingState
+from .tracking import Tracker
+from .trainer import TrainConfig, Trainer
+from .watching import Watcher
+
+
+class Ready(NamedTuple):
+    """A run that was accepted: what is left to do is to train."""
+
+    config: AnyRunConfig
+    """With all that it left open."""
+    content: dict[str, Content]
+    """Which images it is trained on, by split."""
+    trainer: Trainer
+    """Its tracker is not open yet."""
+    notes: list[str]
+    """What the person watching should know."""
+
+
+def ready(
+    config: AnyRunConfig, folder: RunFolder, device: torch.device, precision: Precision, interruption: Interruption
+) -> Ready:
+    """The run of a config where its newest checkpoint left it, or at its start, in a precision that the device has.
+
+    No file is changed. Raises UserError for whatever stands in the way of training as asked.
+    """
+    require_same_config(config.model_dump(mode="json"))
+    saved = folder.newest()
+    before = saved["config"]["data"]["global_batch"] if saved else None
+    config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
+    data, seed = config.data, config.seed
+    images, held_out = open_images(data, "train"), open_images(data, "validation")
+    content = content_of({"train": images, "validation": held_out})
+    earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
+    source = _source(config) if saved is None and config.train.init_from is not None else None
+    config = _continuing(config, earlier.model if earlier else source.config if source else None)
+    foundation = foundation_of(config)
+    config = built_on(config, foundation)
+    resolved = config.model_dump(mode="json")
+    notes = continued(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
+    if saved is not None:
+        notes += changed_images(content_in(folder.path), content, allowed=config.allow_changes)
+
+    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
+    schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
+    state = _state(config, device, precision)
+    if saved is not None:
+        with naming_fields(notes):
+            state.load_state_dict(saved)
+    elif source is not None:
+        _start_from(source, state)
+    if foundation is not None:
+        state.model.take_in(foundation)
+    if not state.begun:
+        begin(state, images, data, seed)
+    if config.train.compile:
+        compile_each(list(state.model.parts()) or [state.model])
+    trainer = Trainer(
+        state,
+        stream,
+        schedule,
+        config.train,
+        folder,
+        Tracker(folder.path, schedule.total_steps, state.step, state.log_lines),
+        Watcher(held_out, data, importance_samples=config.train.validation_samples, seed=seed, device=device),
+        interruption,
+        accumulation=images_per_update(config) // (data.batch * world_size()),
+        resolved_config=resolved,
+    )
+    notes = [f"changed since the last checkpoint: {note}" for note in notes]
+    return Ready(config, content, trainer, [*notes, _greeting(config, trainer)])
+
+
+def images_per_update(config: AnyRunConfig) -> int:
+    """As given, or batch × processes."""
+    return config.data.global_batch or config.data.batch * world_size()
+
+
+def _schedule(optim: OptimConfig, train: TrainConfig, images: int, epoch_size: int) -> Schedule:
+    """The learning rate over the whole run, whose length in updates it decides; `images`: of an update."""
+    steps_per_epoch = epoch_size / images
+    total_steps = train.steps or math.ceil(train.epochs * steps_per_epoch)
+    return Schedule(optim, total_steps, steps_per_epoch, images)
+
+
+def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> TrainingState:
+    """The state that training starts from, the same on every rank."""
+    use(config.train.kernels)
+    torch.backends.cudnn.benchmark = True  # shapes do not change
+    torch.manual_seed(config.seed)
+    model: Family[Any] = build(config.model).to(device)
+    model.set_recomputation(config.train.recompute)
+    settle(device, computed_in(precision))
+    return TrainingState(
+        model,
+        build_optimiser(model.parameters(), config.optim),
+        SkipRule(config.optim),
+        Averaged(model, config.optim.ema) if config.optim.ema is not None else None,
+        torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=precision == "fp16"),
+    )
+
+
+def _source(config: AnyRunConfig) -> Family[Any]:
+    """The model whose weights a new run starts from, of any checkpoint."""
+    path, model = config.train.init_from, config.model
+    assert path is not None
+    try:
+        return load_checkpoint(path, model, mixture_edge=model.likelihood.edge, weights="raw").model
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
+
+
+def _start_from(source: Family[Any], state: TrainingState) -> None:
+    """A warm start: the weights of a checkpoint, and nothing else of it. Raises UserError for another model's."""
+    before, now = ({"model": model.config.model_dump(mode="json")} for model in (source, state.model))
+    try:
+        with naming_fields(changes(before, now)):
+            state.take_weights(source.state_dict())
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
+
+
+def foundation_of(config: AnyRunConfig) -> Family[Any] | None:
+    """The model that becomes a part of the run's; None where there is none, or where it already is one."""
+    path = config.model.foundation
+    try:
+        return None if path is None else load_checkpoint(path).model
+    except UserError as error:
+        raise UserError(f"the model that model.family={config.model.family} is built on: {error}") from error
+
+
+def built_on(config: AnyRunConfig, foundation: Family[Any] | None) -> AnyRunConfig:
+    """The config once the model's foundation is known."""
+    if foundation is None:
+        return config
+    return config.model_copy(update={"model": config.model.built_on(foundation.config)})
+
+
+def _continuing(config: AnyRunConfig, saved: ModelConfig | None) -> AnyRunConfig:
+    """The config of a run that goes on from the weights of a model, if there are any."""
+    return config if saved is None else config.model_copy(update={"model": config.model.continuing(saved)})
+
+
+def _greeting(config: AnyRunConfig, trainer: Trainer) -> str:
+    state = trainer.state
+    parameters = sum(p.numel() for p in state.model.parameters())
+    begin = "continuing" if state.step else "training"
+    return (
+        f"{begin} {config.name}: {parameters:,} parameters on {world_size()} × {trainer.device.type}, "
+        f"{config.data.global_batch} images per update ({config.data.batch} per process and pass), "
+        f"step {state.step} of {trainer.total_steps}"
+    )
