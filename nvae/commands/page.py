@@ -59,7 +59,7 @@ def page_of(subject: Subject, *, seed: int = 0, readjust: bool = False) -> Page:
     config = subject.config
     return Page(
         title=config.name if config is not None else subject.checkpoint.stem,
-        subtitle=f"{type(subject.model).__name__} on {subject.data.name}",
+        subtitle=f"{type(subject.model).__name__} on {subject.images_name('test')}",
         facts=_facts(subject, active),
         entries=bounds,
         qualities=[entry for entry in entries if "metrics" in entry],

@@ -115,6 +115,8 @@ def reservations(entry: Mapping[str, Any]) -> list[str]:
     likelihood, published = entry["likelihood"], published_for(entry["data"])
     flattered = [result.model for result in published if result.published_edge]
     found = []
+    if entry.get("trained_on"):
+        found.append("the model was trained on most of these images: figures on them say nothing of others")
     if entry.get("density") == "none":
         found.append("this family gives no bound on the likelihood: the figures are its reconstruction and code length")
     if entry["is_density"]:

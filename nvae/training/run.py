@@ -11,6 +11,7 @@ from ..core.config import dump_yaml
 from ..core.errors import UserError
 from ..core.precision import Precision, allow_tf32, precision_on
 from .config import AnyRunConfig
+from .content import IMAGES, text_of
 from .folder import RunFolder
 from .interruption import Interruption
 from .setup import images_per_update, ready
@@ -38,8 +39,9 @@ def train(config: AnyRunConfig, runs: Path = Path("runs")) -> Outcome:
 def _train_in(
     folder: RunFolder, config: AnyRunConfig, device: torch.device, precision: Precision, interruption: Interruption
 ) -> Outcome:
-    config, trainer, notes = ready(config, folder, device, precision, interruption)
+    config, content, trainer, notes = ready(config, folder, device, precision, interruption)
     folder.begin(dump_yaml(config))
+    folder.write(IMAGES, text_of(content))
     with trainer.tracker as tracker:
         for note in notes:
             tracker.note(note)
