@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.activations import Activation
+from ..kernels.fusion import Precompiled
 from ..kernels.native import addresses, channels_last, library, made_from, structure
 from ..kernels.watching import watched
 from .convolutions import Conv2d
-from .latents import Normal, Score
-from .latents import score as score_in_torch
 from .squeeze_excite import SqueezeExcite
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "cpu" / "bottleneck.cpp"
@@ -40,8 +39,6 @@ WIDEST_TILE = 48
 """Most hidden channels that are in memory at once, in float32; in float16 twice as many of half the size."""
 SCRATCH = 2**20
 """Bytes that a strip of rows may take besides weights: half of a processor's second cache."""
-MOST_TERMS = 3
-"""Of raw parameters that are summed in one pass."""
 IN_CONVOLUTIONS: tuple[Activation, ...] = ("identity", "elu", "swish")
 """Activations that `Convolution` applies on the way in, as the C++ function numbers them."""
 LEAST_ROWS = 4
@@ -70,7 +67,7 @@ def _is_compiled(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or watched(x)
 
 
-class _Packed(nn.Module):
+class _Packed(Precompiled):
     """Kernels as matrices (depth, channels), in the order that this processor's library reads them in.
 
     `in_float16` is empty where the processor has no float16, or where it would not do for these kernels.
@@ -192,40 +189,6 @@ class Bottleneck(_Packed):
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------- latents
-
-
-def normal(raws: Sequence[Tensor], temperature: float = 1.0) -> Normal:
-    """`Normal.from_sum`, in one pass."""
-    if _is_compiled(raws[0]) or not (len(raws) <= MOST_TERMS and all(map(takes, raws))):
-        return Normal.from_sum(raws, temperature)
-    images, channels, height, width = raws[0].shape
-    assert all(raw.shape[1:] == raws[0].shape[1:] and images % max(len(raw), 1) == 0 for raw in raws)
-    raws = [channels_last(raw) for raw in raws]
-    mean, sigma = (_empty_for(raws[0], channels // 2, torch.float32) for _ in range(2))
-    missing = MOST_TERMS - len(raws)
-    repeated = [*map(len, raws), *[1] * missing]
-    bfloat16 = [*(int(raw.dtype == torch.bfloat16) for raw in raws), *[0] * missing]
-    integers = (images, height * width, channels // 2, len(raws), *repeated, *bfloat16, torch.get_num_threads())
-    pointers = addresses(*raws, *[None] * missing, mean, sigma)
-    _made().normal(ctypes.byref(_NormalStruct(*integers, temperature, *pointers)))
-    return Normal(mean, sigma)
-
-
-def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Score:
-    """`latents.score`, in one pass."""
-    tensors = [q.mean, q.sigma, p.mean, p.sigma, drawn, z]
-    if _is_compiled(z) or not all(takes(tensor) and tensor.dtype == torch.float32 for tensor in tensors):
-        return score_in_torch(q, p, drawn, z, closed=closed)
-    images, channels, height, width = z.shape
-    assert all(tensor.shape == z.shape for tensor in tensors)
-    tensors = [channels_last(tensor) for tensor in tensors]
-    sums = z.new_empty(3, images, channels)
-    integers = (images, height * width, channels, int(closed), torch.get_num_threads())
-    _made().score(ctypes.byref(_ScoreStruct(*integers, *addresses(*tensors, *sums))))
-    return Score(sums[0], sums[1].sum(1), sums[2].sum(1))
-
-
 # ---------------------------------------------------------------------------------------------------------- weights
 
 
@@ -305,18 +268,6 @@ _BottleneckStruct = structure(
     "scale",
     "expand expand16 spatial spatial16 project project16 expand_bias spatial_bias project_bias expand_at spatial_at "
     "squeeze squeeze_bias excite excite_bias x skip out y sums",
-)
-_NormalStruct = structure(
-    "Normal",
-    "images pixels channels terms repeated0 repeated1 repeated2 bfloat16_0 bfloat16_1 bfloat16_2 threads",
-    "temperature",
-    "raw0 raw1 raw2 mean sigma",
-)
-_ScoreStruct = structure(
-    "Score",
-    "images pixels channels closed threads",
-    "",
-    "q_mean q_sigma p_mean p_sigma drawn z divergence log_q log_p",
 )
 
 

@@ -104,6 +104,19 @@ def test_a_chosen_edge_is_taken_without_a_word(tiny_config: Make, tmp_path: Path
         assert nvae.load_model(tmp_path / "a.pt", mixture_edge=edge).config.likelihood.edge == edge
 
 
+@pytest.mark.filterwarnings("ignore:published checkpoint")
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_weights_saved_from_within_a_wrapper_are_understood(
+    tiny_config: Make, tmp_path: Path, wrapper: str
+) -> None:
+    published = to_published(NVAE(tiny_config(image_size=32)), "cifar10")
+    torch.save(published, tmp_path / "plain.pt")
+    published["state_dict"] = {f"{wrapper}{name}": tensor for name, tensor in published["state_dict"].items()}
+    torch.save(published, tmp_path / "wrapped.pt")
+    plain, wrapped = (nvae.load_model(tmp_path / f"{name}.pt").state_dict() for name in ("plain", "wrapped"))
+    assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
+
+
 def test_a_binary_published_checkpoint_has_no_edge_to_speak_of(tiny_config: Make, tmp_path: Path) -> None:
     config = tiny_config(image_size=32, image_channels=1, likelihood={"kind": "bernoulli", "border": 2})
     torch.save(to_published(NVAE(config), "mnist"), tmp_path / "a.pt")
@@ -148,6 +161,18 @@ def test_weights_of_another_model_are_refused(tiny_config: Make, tmp_path: Path)
     said = complaint(path)
     assert said.startswith(f"{path}: the weights are of another model than the config describes: '")
     assert said.endswith("'groups.0.posterior.weight' is (6, 8, 3, 3), not (10, 8, 3, 3)")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_config: Make, tmp_path: Path, number: float) -> None:
+    model = NVAE(tiny_config())
+    model.head.weight.data[0, 0, 0, 0] = number
+    path = save(tmp_path / "a.pt", model)
+    assert complaint(path) == f"{path}: the weights are not finite, first at 'head.weight'"
+    model = NVAE(tiny_config(image_size=32))
+    model.head.weight.data[0, 0, 0, 0] = number
+    torch.save(to_published(model, "cifar10"), path)
+    assert complaint(path) == f"{path}: the weights are not finite, first at 'head.weight'"
 
 
 def test_a_config_with_an_unknown_field_names_file_and_field(tiny_config: Make, tmp_path: Path) -> None:

@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae.bricks import bottleneck as inference
-from nvae.bricks import latents
 from nvae.bricks.bottleneck import Bottleneck, Convolution
 from nvae.bricks.convolutions import Conv2d
 from nvae.bricks.flows import ShiftCell
-from nvae.bricks.latents import Normal
 from nvae.bricks.squeeze_excite import SqueezeExcite
 from nvae.kernels import native
 from nvae.models.nvae.model import NVAE, NVAEConfig
@@ -115,12 +113,6 @@ def test_what_is_not_a_number_stays_visible(elu: bool) -> None:
     z[0, 0, 2, 2] = torch.nan
     assert bool(Bottleneck(expand, spatial, project, elu=elu)(z, torch.zeros_like(z)).isnan().any())
     assert bool(Convolution(expand)(z, "elu" if elu else "identity").isnan().any())
-    found = inference.normal([z])
-    assert bool(found.mean.isnan().any())
-    z[0, :, 2, 2] = torch.nan
-    assert bool(inference.normal([z]).sigma.isnan().any())
-    number = inference.normal([torch.randn(1, 2, 8, 8)])
-    assert bool(inference.score(found, number, number.mean, number.mean, closed=True).channel_kl.isnan().any())
 
 
 def test_a_kernel_of_zeros_and_a_batch_of_none() -> None:
@@ -291,30 +283,6 @@ def test_a_convolution_of_two_tensors_is_that_of_both_side_by_side(kernel: int, 
     assert torch.equal(convolution(x, "elu", other=other), convolution(both, "elu"))
     with torch.enable_grad():
         assert_close(convolution(x, "elu", other=other).detach(), convolution(both, "elu").detach())
-
-
-# ------------------------------------------------------------------------------------------------------------ latents
-
-
-@pytest.mark.usefixtures("processor")
-@pytest.mark.parametrize(("channels", "size"), [(20, (16, 16)), (3, (2, 2)), (7, (3, 5)), (1, (1, 1))])
-def test_latents_are_pytorchs(channels: int, size: tuple[int, int]) -> None:
-    of_prior, of_state = (3 * torch.randn(6, 2 * channels, *size) for _ in range(2))
-    of_image = torch.randn(2, 2 * channels, *size)
-    for raws in ([of_prior], [of_prior, of_state, of_image], [of_prior, of_image.bfloat16()]):
-        found = inference.normal(raws, 0.7)
-        expected = Normal.from_sum([raw.double() for raw in raws], 0.7)
-        assert_close(found.mean, expected.mean)
-        assert_close(found.sigma, expected.sigma)
-    q, p = inference.normal([of_prior, of_image]), inference.normal([of_prior])
-    drawn = q.draw(torch.randn_like(q.mean))
-    z = drawn + 0.1 * torch.randn_like(drawn)
-    wide = [Normal(each.mean.double(), each.sigma.double()) for each in (q, p)]
-    for closed in (False, True):
-        found = inference.score(q, p, drawn, z, closed=closed)
-        expected = latents.score(*wide, drawn.double(), z.double(), closed=closed)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert_close(ours, theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model

@@ -60,17 +60,15 @@ def test_what_is_not_a_number_stays_visible() -> None:
         assert bool(found.isnan().all()), channel
 
 
-def test_only_without_gradients_in_float32_and_with_right_edges(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(mixture, "log_prob", lambda *args: calls.append(args) or torch.zeros(1))
+def test_only_without_gradients_in_float32_and_with_right_edges() -> None:
     x = torch.rand(1, 3, 2, 2)
 
-    def measure(edge: MixtureEdge, dtype: torch.dtype) -> int:
-        LogisticMixture(torch.randn(1, 100, 2, 2, dtype=dtype), LikelihoodConfig(edge=edge), 3)._log_prob(x.to(dtype))
-        return len(calls)
+    def computes(edge: MixtureEdge, dtype: torch.dtype) -> bool:
+        params = torch.randn(1, 100, 2, 2, dtype=dtype)
+        return mixture.log_prob(params, x.to(dtype), LikelihoodConfig(edge=edge), 3) is not NotImplemented
 
-    assert measure("right", torch.float32) == 0
+    assert not computes("right", torch.float32)
     with torch.no_grad():
-        assert measure("published", torch.float32) == 0
-        assert measure("right", torch.float64) == 0
-        assert measure("right", torch.float32) == 1
+        assert not computes("published", torch.float32)
+        assert not computes("right", torch.float64)
+        assert computes("right", torch.float32)
