@@ -221,6 +221,8 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     """The family's own config."""
     latent_kind: ClassVar[LatentKind] = "normal"
     """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
+    codes: int = 0
+    """How many values a discrete latent may have; 0 where they are Normal, or where that is nobody's business."""
     density: Density = "bound"
     """Whether log p(x) is computed exactly, bounded (importance weights exist), bounded by one point of the latents
     (all draws are the same), or not available."""

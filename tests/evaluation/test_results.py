@@ -1,6 +1,7 @@
 """results.json, the table beside published figures, and what it warns of."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,17 @@ def test_figures_of_a_published_edge_that_flatters_are_known() -> None:
     very_deep = {result.data: result.published_edge for result in PUBLISHED if result.model == "Very Deep VAE"}
     assert very_deep == {"cifar10": False, "imagenet_32": False, "imagenet_64": False, "ffhq_256": True}
     assert not any(result.published_edge for result in PUBLISHED if result.unit == "nats")
+
+
+def test_without_a_likelihood_there_is_an_error_and_a_rate_and_neither_bound_nor_rank() -> None:
+    entry = entry_of(likelihood={"kind": "squared_error"})
+    dims = 3 * 32**2
+    assert entry["estimates"].keys() == {"squared_error", "kl"}
+    assert entry["estimates"]["squared_error"]["nats"] == pytest.approx(3 * math.log(2) - 5 / dims)
+    assert entry["estimates"]["kl"]["nats"] == pytest.approx(5)
+    text = table(entry)
+    assert "no bound on log p(x)" in text and "squared error is no likelihood" in text
+    assert "ELBO" not in text and "published figures" not in text
 
 
 def test_a_comparable_figure_has_no_reservation() -> None:

@@ -46,6 +46,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         if config.first_stage is None:
             raise UserError(f"model.codes: {config.codes} was not read; its first stage is part of a prior's config")
         self.first = VQVAE(config.first_stage)
+        self.codes = self.first.codes
         spread = config.posterior_temperature > 0 and self.first.density == "point"
         self.density = "bound" if spread else self.first.density
         maps = config.first_stage.maps
@@ -127,7 +128,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
     @torch.no_grad()
     def begin(self, first: FirstImages) -> None:
         """Measures how far vectors are from their codes, the unit of `posterior_temperature`."""
-        images = next(iter(first.batches)).images[:FIRST]
+        images = torch.cat(list(first.images(FIRST)))
         found = self.first.network.quantise(self.first.encode(images).encoded)
         distances = torch.stack([quantised.commitment for quantised in found]) * self.first.config.quantiser.dim
         self.spread.copy_(distances.clamp(min=torch.finfo(distances.dtype).tiny))
