@@ -141,6 +141,7 @@ def kill_at_random_moments(folder: Path, kills: int, uninterrupted: Path) -> Non
     assert_same_end(folder / str(number) / "tiny", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_the_same(tmp_path: Path, uninterrupted: Path) -> None:
     kill_at_random_moments(tmp_path, 5, uninterrupted)
 
@@ -176,6 +177,7 @@ def save_half(content: Any, file: Any) -> NoReturn:
     die()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "newest"),
     [("half of it written", 3), ("written but not in place", 3), ("in place but not the latest", 5)],
