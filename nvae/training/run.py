@@ -8,7 +8,7 @@ import torch
 
 from ..core import distributed
 from ..core.config import dump_yaml
-from ..core.errors import UserError
+from ..core.errors import UserError, line_of
 from ..core.precision import Precision, allow_tf32, precision_on
 from .config import AnyRunConfig
 from .content import IMAGES, text_of
@@ -60,8 +60,14 @@ def _failures_recorded(folder: RunFolder, config: AnyRunConfig) -> Iterator[None
     except torch.OutOfMemoryError as error:
         folder.record_failure(_out_of_memory(config))
         raise UserError(_out_of_memory(config)) from error
+    except UserError as error:
+        folder.record_failure(str(error))
+        raise
+    except OSError as error:
+        folder.record_failure(line_of(error))
+        raise
     except BaseException as error:
-        folder.record_failure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        folder.record_failure(f"{type(error).__name__}: {error}")
         raise
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from nvae.bricks.folding import fold
 from torch import Tensor
 
 from nvae.bricks.bottleneck import available
 from nvae.bricks.cells import BN_SWISH, Separable
-from nvae.bricks.folding import fold
 from nvae.bricks.groups import LatentGroup, Tower
 from nvae.bricks.latents import kl_divergence
 

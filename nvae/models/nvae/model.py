@@ -68,7 +68,7 @@ class TopDownPass(TopDown):
         return Normal.from_sum([self._raw()], temperature)
 
     def posterior(self) -> Normal:
-        """(n, L, h, w), of the draw before the flows: `flowed` makes of it the z that may enter, of the same density."""
+        """(n, L, h, w), of the draw before the flows; `flowed` makes of it the z that may enter, of equal density."""
         return Normal.from_sum(self._group.posterior_raws(self._tap, self.state, self._raw()))
 
     def flowed(self, drawn: Tensor) -> Tensor:
