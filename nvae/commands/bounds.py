@@ -101,7 +101,7 @@ def _batches(subject: Subject, asked: Measurement, size: int) -> Callable[[int],
 def _identity(subject: Subject, asked: Measurement) -> dict[str, Any]:
     """Everything that the figures depend on."""
     return {
-        "data": subject.data.name,
+        "data": subject.images_name(asked.split),
         "content": subject.content(asked.split, asked.limit),
         **asdict(asked),
         "precision": subject.precision,

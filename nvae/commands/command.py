@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-from ..core.errors import UserError
+from ..core.errors import UserError, line_of
 from ..training.interruption import ignore_signals
 
 EXIT_USER_ERROR = 2
@@ -30,7 +30,7 @@ def command(run: Callable[[], int]) -> NoReturn:
     except OSError as error:
         if error.errno is None:
             raise
-        code = _told(": ".join(str(part) for part in ("error", error.filename, error.strerror) if part is not None))
+        code = _told(f"error: {line_of(error)}")
     except KeyboardInterrupt:
         _told("interrupted")
         code = EXIT_KEYBOARD
@@ -62,7 +62,11 @@ def unfailing(stream: TextIO) -> TextIO:
         stream.reconfigure(errors="replace")
         return stream
     stream.flush()
-    raw = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+    pipe = _Pipe(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        raw, stream.encoding, "replace", line_buffering=stream.line_buffering, write_through=stream.write_through
+        pipe if stream.write_through else io.BufferedWriter(pipe),
+        stream.encoding,
+        "replace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )

@@ -28,7 +28,7 @@ ROWS = 8
 def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image beside its reconstructions from the first k latent groups, for each k asked for (none: from all)."""
     model = subject.model.for_inference()
-    images = images_of(subject, args.split, args.first, args.count or ROWS, seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.count, seed=args.seed)
     unpadded = center_crop(images, [subject.data.size])
     at = temperature_of(args.temperature[0], model)
     with subject.autocast():
@@ -41,7 +41,7 @@ def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
     """From each image to another one: a strip, and an animation."""
-    images = images_of(subject, args.split, args.first, 2 * (args.count or ROWS), seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.count, together=2, seed=args.seed)
     first, second = images.chunk(2)
     with subject.autocast():
         frames = latent_space.interpolate(subject.model.for_inference(), first, second, args.steps, seed=args.seed)
@@ -55,7 +55,7 @@ def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image as one latent group is turned; the image as it is stands in the middle."""
-    images = images_of(subject, args.split, args.first, args.count or ROWS, seed=args.seed)
+    images = images_of(subject, args.split, args.first, args.count, seed=args.seed)
     with subject.autocast():
         frames = latent_space.traverse(subject.model.for_inference(), images, args.group, args.steps, seed=args.seed)
     yield str(_save(subject, f"traversal-group{args.group}", frames))
@@ -64,7 +64,7 @@ def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
 def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
     """Samples, each beside the training images nearest to it."""
     data = subject.data.model_copy(update={"binarize": False, "padding": 0})
-    training = open_images(data, "train")
+    training = open_images(data, subject.reference_split)
     if args.nearest > len(training):
         raise UserError(f"--nearest: there are {len(training)} training images, found {args.nearest}")
     model, at = model_at(subject, args.temperature[0], readjust=args.readjust, seed=args.seed)
@@ -77,12 +77,15 @@ def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
     yield str(_save(subject, "neighbours", torch.cat([samples[None], found])))
 
 
-def images_of(subject: Subject, split: Split, first: int, count: int, *, seed: int = 0) -> Tensor:
-    """Images `first` to `first + count` of a split as the model takes them, (n, C, H, W) in [0, 1].
+def images_of(
+    subject: Subject, split: Split, first: int, rows: int | None, *, together: int = 1, seed: int = 0
+) -> Tensor:
+    """Images from `first` on of a split as the model takes them, (rows · together, C, H, W) in [0, 1].
 
-    Raises UserError where the split does not hold them.
+    None are as many rows as usual, or as the split has. Raises UserError where the split does not hold them.
     """
     images = open_images(subject.data, split)
+    count = together * (rows or max(min(ROWS, len(images) // together), 1))
     if not 0 <= first <= len(images) - count:
         raise UserError(f"the {split} split has {len(images)} images; found --first {first} and {count} from there on")
     chosen = evaluation_batches(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..data.description import describe
-from ..data.preparation import prepare, read_config, verify
+from ..data.preparation import prepare, read_config, require_words_used, verify
 from .command import command
 
 
@@ -42,7 +42,9 @@ def run() -> int:
     outs = [word for word in args.rest if "=" not in word and word not in sheets]
     if len(outs) > 1 or not (outs or args.verify or args.describe):
         parser.error(f"one OUT, --verify or --describe is needed, found {' '.join(outs) or 'none'}")
-    config = read_config(args.source, [word for word in args.rest if "=" in word], args.config)
+    fields = [word for word in args.rest if "=" in word]
+    require_words_used(fields, prepares=bool(outs), describes=bool(args.describe))
+    config = read_config(args.source, fields, args.config)
     store = config.source
     if outs:
         store = Path(outs[0])

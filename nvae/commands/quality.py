@@ -35,19 +35,23 @@ def evaluate_fid(
     Pixels are drawn from the likelihood. The training set's statistics are kept in `cache` (None: beside torch's
     downloads), for all models of that set.
     """
-    networks, content, size = networks or Networks(), subject.content("train"), batch or subject.data.batch
+    networks, content, size = (
+        networks or Networks(),
+        subject.content(subject.reference_split),
+        batch or subject.data.batch,
+    )
 
     def measure(_: Path) -> dict[str, Any]:
         extractors = Extractors(networks, subject.device)
         model, at = model_at(subject, temperature, readjust=readjust, seed=seed)
         drawn = sample_batches(model, samples, at, seed=seed, batch=size, pixels="draw", precision=subject.precision)
         digest = hashlib.sha256(json.dumps([content, subject.data.binarize, vars(networks)]).encode()).hexdigest()[:16]
-        file = (cache or default_cache()) / f"{subject.data.name}-{digest}.safetensors"
+        file = (cache or default_cache()) / f"{identity['data']}-{digest}.safetensors"
         training = cached(file, lambda: _training(subject, size, extractors))
         return {"metrics": metrics(statistics(drawn, samples, extractors), training), **subject.origin}
 
     identity = {
-        "data": subject.data.name,
+        "data": subject.images_name(subject.reference_split),
         "content": content,
         "metric": "fid",
         "temperature": list(temperature),
@@ -70,7 +74,7 @@ def default_cache() -> Path:
 def _training(subject: Subject, batch: int, extractors: Extractors) -> Statistics:
     """The statistics of the training set, without flips and without padding."""
     data = subject.data.model_copy(update={"padding": 0})
-    images = open_images(data, "train")
+    images = open_images(data, subject.reference_split)
     share = evaluation_batches(
         images, data, batch=batch, device=subject.device, seed=0, rank=rank(), world=world_size()
     )

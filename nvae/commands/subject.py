@@ -14,12 +14,14 @@ from ..core.distributed import from_rank_zero
 from ..core.errors import UserError
 from ..core.precision import Precision, allow_tf32, autocast, precision_on
 from ..data.config import DataConfig
+from ..data.elsewhere import holds_training_images, images_at
 from ..data.images import fingerprint as images_fingerprint
-from ..data.sets import open_unread
+from ..data.sets import in_effect, known_as, open_unread, own_splits
 from ..data.splits import Split
 from ..evaluation.results import circumstances, fingerprint
 from ..models.base import Family
 from ..training.config import AnyRunConfig, read_run_config, run_config
+from ..training.content import trained_content
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Subject:
     weights: Held
     device: torch.device
     precision: Precision = "fp32"
+    trained_on: bool = False
+    """True where other images than the config's are measured, and training images of the run are among them."""
 
     @property
     def data(self) -> DataConfig:
@@ -46,6 +50,15 @@ class Subject:
         data: DataConfig = self.config.data
         return data
 
+    def images_name(self, split: Split) -> str:
+        """What the images of a split are called beside figures: the set's name only where they are the set."""
+        return str(from_rank_zero(known_as(self.data, split)))
+
+    @property
+    def reference_split(self) -> Split:
+        """The images that samples are held against: training images, or all where none are for training."""
+        return "train" if "train" in own_splits(self.data) else "test"
+
     @cached_property
     def fingerprint(self) -> str:
         """Of the weights, as loaded."""
@@ -54,7 +67,13 @@ class Subject:
     @property
     def origin(self) -> dict[str, Any]:
         """Where figures come from: what an entry of results.json says without their depending on it."""
-        return {"checkpoint": self.checkpoint.name, "path": str(self.data.source), **circumstances(self.device)}
+        nowhere = self.data.path is None and not self.data.source.exists()
+        return {
+            "checkpoint": self.checkpoint.name,
+            "path": None if nowhere else str(self.data.source),
+            "trained_on": self.trained_on,
+            **circumstances(self.device),
+        }
 
     def content(self, split: Split, limit: int | None = None) -> str:
         """Fingerprint of the images of a split, or of the first `limit`, as the first rank finds them."""
@@ -79,8 +98,9 @@ def open_subject(
 ) -> Subject:
     """A run folder, a checkpoint of a run, or any other checkpoint.
 
-    `config`, a recipe, says what data it is for where the checkpoint does not. `data` takes the place of the config's
-    `data.path`. Results go to `out`, by default the run's folder, or one beside a bare checkpoint.
+    `config`, a recipe, says what data it is for where the checkpoint does not. `data` is where other images are, or the
+    same ones: what they are, they say themselves (`images_at`). Results go to `out`, by default the run's folder, or
+    one beside a bare checkpoint.
 
     Raises UserError for what cannot be loaded, for a recipe whose data is not what the model takes, and for a precision
     that the device lacks.
@@ -93,11 +113,17 @@ def open_subject(
         written = recipe.model_dump(mode="json")
     if written is not None:
         written = {**written, "model": model.config.model_dump(mode="json")}
-        if data is not None:
-            written["data"] = {**written["data"], "path": str(data)}
         recipe = run_config(written, f"{file} with the data of {config}" if config else str(file))
     in_a_run = file.parent.name == "checkpoints" and (file.parent.parent / "config.yaml").is_file()
-    run = file.parent.parent if in_a_run else None
+    run, trained_on = file.parent.parent if in_a_run else None, False
+    if recipe is not None and config is None:  # a field without effect is refused before training, but once was not
+        recipe = recipe.model_copy(update={"data": in_effect(recipe.data)})
+    if data is not None:
+        if recipe is None:
+            raise UserError(f"--data: {file} does not say how it takes images; name a recipe with --config")
+        images = images_at(data, recipe.data)
+        trained_on = run is not None and holds_training_images(images, trained_content(run), recipe.data.holdout)
+        recipe = recipe.model_copy(update={"data": images})
     return Subject(
         model=model.to(device),
         config=recipe,
@@ -107,4 +133,5 @@ def open_subject(
         weights=held,
         device=device,
         precision=precision,
+        trained_on=trained_on,
     )

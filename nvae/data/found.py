@@ -31,6 +31,8 @@ class Found:
     """What it is, for messages: "a folder with splits of its own"."""
     is_named: bool = False
     """True where it was read as the set that the config names, not as images of anyone's."""
+    is_converted: bool = False
+    """True where that is someone's conversion, which may be any images."""
     unread: tuple[str, ...] = ()
     """Names of files beside the splits that may hold images, and are not read."""
 

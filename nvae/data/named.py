@@ -300,7 +300,7 @@ def find(config: DataConfig, *, fetch: bool = True) -> Found:
     splits = named.read(path, config)
     if splits is None and named.convertible and path.exists() and (not path.is_dir() or any(path.iterdir())):
         full = path / named.inside
-        return replace(own_images(full if full.is_dir() else path, config), is_named=True)
+        return replace(own_images(full if full.is_dir() else path, config), is_named=True, is_converted=True)
     if splits is None and named.dataset is not None and fetch and is_free(path, named.marks):
         from_torchvision(named.dataset, path, named.advice if named.uses != FIXED else "")
         splits = named.read(path, config)

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..core.config import apply_overrides, read_yaml, validate
 from ..core.errors import UserError
-from .config import DataConfig
+from .config import LOADING, DataConfig
 from .decoding import BadImage, Shaping
 from .depth import DoubtfulPixels
 from .found import Found
@@ -100,11 +100,16 @@ def read_config(source: str, overrides: list[str], file: Path | None = None) -> 
     return validate(DataConfig, apply_overrides({**fields, said: source}, overrides), "data")
 
 
-def require_used_in(doing: str, overrides: list[str], used: Collection[str]) -> None:
-    """Raises UserError naming a field that was given on the command line and has no effect on what is done."""
+def require_words_used(overrides: list[str], *, prepares: bool, describes: bool) -> None:
+    """Raises UserError naming a field of the command line that has no effect on preparing, describing or neither.
+
+    Those of a recipe are for training, too, and may be any.
+    """
+    used = set(DataConfig.model_fields) - LOADING if prepares or describes else set()
+    doing = "preparing" if prepares else "describing" if describes else "verifying"
     for override in overrides:
         field = override.partition("=")[0]
-        if field in DataConfig.model_fields and field not in used:
+        if field in DataConfig.model_fields and field not in used | ({"binarize"} if describes else set()):
             raise UserError(f"{field}: has no effect on {doing}; leave it out (found {override})")
 
 

@@ -108,7 +108,7 @@ def known_as(config: DataConfig, split: Split) -> str:
             name = index.settings.name if index.settings.is_named is not False else "images"
             count = len(Store(config.source, split, config))
         else:
-            found = find(config, fetch=False)
+            found = find(config)
             name, count = config.name if found.is_named else "images", len(found.of(split))
     return name if count in (counts_of(name, split) or (count,)) else "images"
 

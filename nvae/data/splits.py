@@ -52,7 +52,7 @@ def by_split(named: Iterable[tuple[str, Split | None, T]]) -> dict[Split, T]:
                 "names; rename or remove one"
             )
         found[split] = (name, thing)
-    return {split: thing for split, (_, thing) in found.items()}
+    return {split: found[split][1] for split in SPLITS if split in found}
 
 
 def told_apart(found: Mapping[Split, T], others: bool) -> Mapping[Split, T]:
@@ -141,4 +141,4 @@ def by_folder(names: Sequence[str]) -> Mapping[Split, list[str]]:
             others = True
         else:
             found.setdefault(split, []).append(name)
-    return told_apart(found, others)
+    return told_apart({split: found[split] for split in SPLITS if split in found}, others)

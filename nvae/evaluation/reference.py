@@ -120,10 +120,13 @@ def reservations(entry: Mapping[str, Any]) -> list[str]:
     likelihood, published = entry["likelihood"], published_for(entry["data"])
     flattered = [result.model for result in published if result.published_edge]
     found = []
+    if entry.get("trained_on"):
+        found.append("the model was trained on most of these images: figures on them say nothing of others")
     if not has_bound(entry):
         return [
+            *found,
             "a squared error is no likelihood: rate and distortion are figures of their own, without a sum and without "
-            "bits/dim of an image"
+            "bits/dim of an image",
         ]
     if entry.get("density") == "none":
         found.append("this family gives no bound on the likelihood: the figures are its reconstruction and code length")

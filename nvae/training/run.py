@@ -8,9 +8,10 @@ import torch
 
 from ..core import distributed
 from ..core.config import dump_yaml
-from ..core.errors import UserError
+from ..core.errors import UserError, line_of
 from ..core.precision import Precision, allow_tf32, precision_on
 from .config import AnyRunConfig
+from .content import IMAGES, text_of
 from .folder import RunFolder
 from .interruption import Interruption
 from .setup import images_per_update, ready
@@ -38,8 +39,9 @@ def train(config: AnyRunConfig, runs: Path = Path("runs")) -> Outcome:
 def _train_in(
     folder: RunFolder, config: AnyRunConfig, device: torch.device, precision: Precision, interruption: Interruption
 ) -> Outcome:
-    config, trainer, notes = ready(config, folder, device, precision, interruption)
+    config, content, trainer, notes = ready(config, folder, device, precision, interruption)
     folder.begin(dump_yaml(config))
+    folder.write(IMAGES, text_of(content))
     with trainer.tracker as tracker:
         for note in notes:
             tracker.note(note)
@@ -58,8 +60,14 @@ def _failures_recorded(folder: RunFolder, config: AnyRunConfig) -> Iterator[None
     except torch.OutOfMemoryError as error:
         folder.record_failure(_out_of_memory(config))
         raise UserError(_out_of_memory(config)) from error
+    except UserError as error:
+        folder.record_failure(str(error))
+        raise
+    except OSError as error:
+        folder.record_failure(line_of(error))
+        raise
     except BaseException as error:
-        folder.record_failure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        folder.record_failure(f"{type(error).__name__}: {error}")
         raise
 
 

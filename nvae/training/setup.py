@@ -17,6 +17,7 @@ from ..models.base import Family, ModelConfig
 from ..models.registry import build
 from .beginning import begin
 from .config import AnyRunConfig, run_config
+from .content import Content, changed_images, content_in, content_of
 from .continuation import changes, continued, naming_fields, require_same_config, with_global_batch
 from .folder import RunFolder
 from .interruption import Interruption
@@ -32,6 +33,8 @@ class Ready(NamedTuple):
 
     config: AnyRunConfig
     """With all that it left open."""
+    content: dict[str, Content]
+    """Which images it is trained on, by split."""
     trainer: Trainer
     """Its tracker is not open yet."""
     notes: list[str]
@@ -51,6 +54,7 @@ def ready(
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
     data, seed = config.data, config.seed
     images, held_out = open_images(data, "train"), open_images(data, "validation")
+    content = content_of({"train": images, "validation": held_out})
     earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
     source = _source(config) if saved is None and config.train.init_from is not None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
@@ -58,6 +62,8 @@ def ready(
     config = built_on(config, foundation)
     resolved = config.model_dump(mode="json")
     notes = continued(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
+    if saved is not None:
+        notes += changed_images(content_in(folder.path), content, allowed=config.allow_changes)
 
     stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
     schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
@@ -86,7 +92,7 @@ def ready(
         resolved_config=resolved,
     )
     notes = [f"changed since the last checkpoint: {note}" for note in notes]
-    return Ready(config, trainer, [*notes, _greeting(config, trainer)])
+    return Ready(config, content, trainer, [*notes, _greeting(config, trainer)])
 
 
 def images_per_update(config: AnyRunConfig) -> int:

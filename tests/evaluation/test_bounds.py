@@ -33,7 +33,7 @@ CASES = sorted(path.parent for path in PARITY.glob("*/checkpoint.pt"))
 def batches_of(images: Tensor, size: int) -> Iterator[Batch]:
     for first in range(0, len(images), size):
         chosen = images[first : first + size]
-        yield Batch(chosen, list(range(first, first + len(chosen))))
+        yield Batch(chosen, list(range(first, first + len(chosen))), torch.full((len(chosen),), -1))
 
 
 def same(ours: Figures, other: Figures, tolerance: float = 1e-12) -> bool:

@@ -13,7 +13,7 @@ from nvae.bricks.likelihoods import LikelihoodConfig
 from nvae.core.errors import UserError
 from nvae.data.config import SetName
 from nvae.evaluation.reference import PUBLISHED, best_bound, published_for, reservations, unit_for
-from nvae.evaluation.results import fingerprint, key_of, read_results, record, table
+from nvae.evaluation.results import fingerprint, key_of, once, read_results, record, table
 from nvae.models.nvae.model import NVAE
 
 
@@ -24,6 +24,55 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     record(path, "a", {"value": 3})
     assert read_results(path) == {"a": {"value": 1}, "b": {"value": 2}}
     assert list(json.loads(path.read_text())) == ["a", "b"]
+
+
+def measured(folder: Path, printed: list[str]) -> dict[str, Any]:
+    """An entry, whose table is collected instead of printed."""
+    return once(folder, {"seed": 0}, lambda unfinished: {"value": 1}, lambda entry: printed.append("table") or "table")
+
+
+def test_a_question_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[Path] = []
+
+    def measure(unfinished: Path) -> dict[str, Any]:
+        unfinished.mkdir(parents=True)
+        calls.append(unfinished)
+        return {"value": len(calls)}
+
+    for _ in range(2):
+        assert once(tmp_path, {"seed": 0}, measure, lambda entry: f"value {entry['value']}") == {"seed": 0, "value": 1}
+    assert calls == [tmp_path / "evaluation" / "seed=0"] and not calls[0].exists()
+    assert capsys.readouterr().out == f"value 1\nalready in {tmp_path / 'results.json'}\nvalue 1\n"
+
+
+def test_where_there_are_no_locks_an_entry_is_added_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    measured(tmp_path, [])
+    assert list(read_results(tmp_path / "results.json")) == ["seed=0"]
+    assert "no locks here (Function not implemented)" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_before_its_entry_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    printed: list[str] = []
+    monkeypatch.setattr("nvae.evaluation.results.record", full)
+    with pytest.raises(OSError, match="No space"):
+        measured(tmp_path, printed)
+    assert printed == ["table"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file") as error:
+        once(tmp_path / "file" / "run", {"seed": 0}, lambda unfinished: pytest.fail("measured"), str)
+    assert error.value.filename is not None
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

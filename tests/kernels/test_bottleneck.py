@@ -18,7 +18,8 @@ from nvae.bricks.convolutions import Conv2d
 from nvae.bricks.flows import ShiftCell
 from nvae.bricks.squeeze_excite import SqueezeExcite
 from nvae.kernels import native
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 
 pytestmark = needs_compiler
 

@@ -16,7 +16,8 @@ from nvae.bricks.normalisation import BatchNorm
 from nvae.core.config import read_yaml, validate
 from nvae.core.distributed import gather_objects, rank, world_size
 from nvae.core.errors import UserError
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 from nvae.models.registry import family
 from nvae.sampling.images import readjust, readjust_cached, sample_images, shares, temperature_of
 from nvae.sampling.pictures import to_bytes

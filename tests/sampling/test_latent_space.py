@@ -114,7 +114,8 @@ def test_a_linear_model_interpolates_along_its_arc() -> None:
 
 def test_the_nearest_images_are_found_over_batches() -> None:
     images = torch.rand(30, 1, 4, 4)
-    batches = [Batch(images[i : i + 7], list(range(i, min(i + 7, 30)))) for i in range(0, 30, 7)]
+    unknown = torch.full((7,), -1)
+    batches = [Batch(images[i : i + 7], list(range(i, min(i + 7, 30))), unknown) for i in range(0, 30, 7)]
     queries = images[[3, 20]] + 0.001
     distances, positions = nearest(queries, batches, 4)
     exact = (queries[:, None] - images).flatten(2).norm(dim=2).sort(dim=1)

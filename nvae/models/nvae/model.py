@@ -43,7 +43,7 @@ class Features:
 
 
 class TopDownPass(TopDown):
-    """The decoder's state on its way through the groups."""
+    """The decoder's state on its way through the groups; what `draw` does at once is in parts what the others do."""
 
     def __init__(self, model: "NVAE", features: Features | None, n: int) -> None:
         self.model, self.features = model, features
@@ -68,7 +68,7 @@ class TopDownPass(TopDown):
         return Normal.from_sum([self._raw()], temperature)
 
     def posterior(self) -> Normal:
-        """(n, L, h, w). Of the draw before its flows; `flowed` makes the z of it that may enter."""
+        """(n, L, h, w), of the draw before the flows; `flowed` makes of it the z that may enter, of equal density."""
         return Normal.from_sum(self._group.posterior_raws(self._tap, self.state, self._raw()))
 
     def flowed(self, drawn: Tensor) -> Tensor:
