@@ -42,6 +42,24 @@ def test_in_one_process_everything_is_the_identity() -> None:
     distributed.check_same_state(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("capability", "architectures"),
+    [((8, 0), ["sm_75", "sm_80"]), ((8, 9), ["sm_86"]), ((12, 1), ["sm_90", "compute_120"]), ((9, 0), ["sm_90a"])],
+)
+def test_a_gpu_that_the_build_has_code_for_is_served(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architectures: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
+    distributed.require_served("a GPU", capability)
+
+
+def test_a_gpu_that_the_build_has_no_code_for_is_one_line_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"])
+    with pytest.raises(UserError, match=r'Tesla V100 \(compute capability 7\.0\).* pip install "torch<2\.15"') as told:
+        distributed.require_served("Tesla V100", (7, 0))
+    assert "\n" not in str(told.value)
+
+
 def test_one_process_starts_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert distributed.start("cpu", timeout_minutes=1) == torch.device("cpu")

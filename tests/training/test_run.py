@@ -121,6 +121,15 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         precision_on(CUDA, "bf16")
 
 
+def test_tf32_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    for device in (CPU, CUDA):
+        with pytest.raises(UserError, match=r"train\.precision: tf32 needs a CUDA device of compute capability 8\.0"):
+            precision_on(device, "tf32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert precision_on(CUDA, "tf32") == "tf32"
+
+
 def test_tf32_is_an_option_and_off_otherwise() -> None:
     allow_tf32("tf32")
     assert torch.get_float32_matmul_precision() == "high"
