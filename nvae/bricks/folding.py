@@ -2,7 +2,7 @@
 
 With fixed statistics a batch norm is one factor and one offset per channel. Before a 1×1 convolution or after any
 convolution it is part of that convolution's weight and bias; only one before an activation at a cell's start remains.
-On a CPU, separable cells, shift cells and other convolutions are then run by nvae/bricks/bottleneck.py.
+On a CPU, separable cells and shift cells are then run by nvae/bricks/bottleneck.py.
 
 Shapes: O outputs, I inputs of a group, k kernel side.
 """
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bottleneck import Bottleneck, Convolution, available, takes
+from ..kernels.cpu.bottleneck import available, takes
+from .bottleneck import Bottleneck
 from .cells import Cell, RegularOp, SeparableOp
 from .convolutions import Conv2d, Geometry
 from .flows import ShiftCell
@@ -35,7 +36,6 @@ def fold(model: nn.Module) -> None:
     if on_cpu and available():
         _replace(model, Cell, BottleneckCell, BottleneckCell.fits)
         _replace(model, ShiftCell, BottleneckShiftCell)
-        _replace(model, Conv2d, lambda convolution: Convolution(fixed(convolution)), Convolution.fits)
     model.requires_grad_(False)
 
 
@@ -102,7 +102,7 @@ class BottleneckShiftCell(nn.Module):
         return self.cell.inverse(z)
 
 
-IN_CPP = (BottleneckCell, BottleneckShiftCell, Convolution)
+IN_CPP = (BottleneckCell, BottleneckShiftCell)
 """The parts of a folded model that hold their own weights for the C++ functions."""
 
 

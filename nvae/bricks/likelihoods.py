@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.config import Config
 from ..core.precision import at_least_float32
-from ..kernels.cpu import mixture
+from ..kernels import mixture
 from ..kernels.fusion import fused
 from .latents import Normal
 from .recomputation import recomputed
@@ -203,7 +203,7 @@ class LogisticMixture(Likelihood):
         if torch.is_grad_enabled():
             return self.log_prob_of_pixels(x)
         config = self.config
-        if config.edge == "right" and mixture.takes(self.params):
+        if config.edge == "right":
             levels, highest = 2**config.bits - 1, 2 * highest_level(config.bits, config.grid) - 1
             return mixture.log_prob(self.params, x, config.components, levels, highest)
         return _log_prob_in_a_pass(self.params, x, self.config, self.channels)

@@ -233,8 +233,6 @@ class LatentGroup(nn.Module):
         z = z.to(state.dtype)
         if self.is_vanilla:
             return cast(Tensor, self.combine(z))
-        if isinstance(self.combine, inference.Convolution):
-            return cast(Tensor, self.combine(state, other=z))
         return cast(Tensor, self.combine(torch.cat([state, z], dim=1)))
 
 
