@@ -3,7 +3,7 @@
 With fixed statistics a batch norm is one factor and one offset per channel. Before a 1×1 convolution or after any
 convolution it is folded into that convolution's weight and bias; only one before an activation at a cell's start
 remains. What a latent group's posterior takes of an image is computed once, however many the draws. On a CPU, separable
-cells, shift cells and other convolutions are then run by nvae/bricks/bottleneck.py.
+cells and shift cells are then bottlenecks (nvae/bricks/bottleneck.py).
 
 Shapes: O outputs, I inputs of a group, k kernel side.
 """
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.convolution import Geometry
-from .bottleneck import Bottleneck, Convolution, available, takes
+from ..kernels.cpu.bottleneck import available
+from .bottleneck import Bottleneck
 from .cells import Cell, RegularOp, SeparableOp
 from .convolutions import Conv2d, EffectiveWeights
 from .flows import ShiftCell
@@ -47,7 +48,6 @@ def for_inference(model: ModelT) -> ModelT:
     if on_cpu and available():
         _replace(model, Cell, BottleneckCell, BottleneckCell.fits)
         _replace(model, ShiftCell, BottleneckShiftCell)
-        _replace(model, Conv2d, lambda convolution: Convolution(fixed(convolution)), Convolution.fits)
     for name, value in list(vars(model).items()):
         if isinstance(value, EffectiveWeights):
             setattr(model, name, EffectiveWeights(model, besides=IN_CPP))
@@ -103,19 +103,13 @@ class FoldedGroup(LatentGroup):
         raws = [self.merged(state), tap]
         return [prior_raw, *raws] if self.residual_posterior else raws
 
-    def entered(self, state: Tensor, z: Tensor) -> Tensor:
-        """As the group's, without writing both tensors side by side where `combine` reads two."""
-        if isinstance(self.combine, Convolution) and not self.is_vanilla:
-            return cast(Tensor, self.combine(state, other=z.to(state.dtype)))
-        return super().entered(state, z)
-
 
 class BottleneckCell(nn.Module):
     """A folded cell of one depthwise-separable op."""
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()
-        self.cell = cell
+        self.skip = cell.skip
         op = cast(FoldedSeparableOp, cell.ops[0])
         self.bottleneck = Bottleneck(op.expand, op.spatial, op.project, gate=cell.squeeze_excite, scale=SCALE)
 
@@ -127,9 +121,7 @@ class BottleneckCell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        if takes(x):
-            return cast(Tensor, self.bottleneck(x, self.cell.skip(x)))
-        return cast(Tensor, self.cell(x))
+        return cast(Tensor, self.bottleneck(x, self.skip(x)))
 
 
 class BottleneckShiftCell(nn.Module):
@@ -143,14 +135,14 @@ class BottleneckShiftCell(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w), float32 or more."""
-        return cast(Tensor, self.bottleneck(z, z) if takes(z) else self.cell(z))
+        return cast(Tensor, self.bottleneck(z, z))
 
     def inverse(self, z: Tensor) -> Tensor:
         """The input that `forward` maps to z."""
         return self.cell.inverse(z)
 
 
-IN_CPP = (BottleneckCell, BottleneckShiftCell, Convolution)
+IN_CPP = (BottleneckCell, BottleneckShiftCell)
 """The parts of a folded model that hold their own weights for the C++ functions."""
 
 

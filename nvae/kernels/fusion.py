@@ -43,22 +43,15 @@ FAIL_AT_LIMIT = (
 """Dynamo's name for the choice of an error there, likewise."""
 
 
-class Precompiled(nn.Module):
-    """A module that runs code of its own, made for this machine."""
-
-
 def compile_each(modules: Iterable[nn.Module]) -> None:
     """Compiles modules one by one; those of one kind and one size share their code. Each size has its own.
-
-    One with a precompiled part is left as it is.
 
     A module that would need more than `KINDS_OF_CALLS` kinds of code raises an error when it is called.
     """
     setattr(dynamo, RECOMPILE_LIMIT, KINDS_OF_CALLS)
     setattr(dynamo, FAIL_AT_LIMIT, True)
     for module in modules:
-        if not any(isinstance(part, Precompiled) for part in module.modules()):
-            module.compile(dynamic=False)
+        module.compile(dynamic=False)
 
 
 def cropped(*args: Any) -> Call:

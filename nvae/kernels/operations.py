@@ -44,7 +44,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "bounded_normal": {"cpu": ("cpu.latents:bounded_normal",)},
     "score_terms": {"cpu": ("cpu.latents:score_terms",)},
-    "mixture_log_prob": {"cpu": ("cpu.mixture:log_prob", "compiled"), "cuda": ("compiled",)},
+    "mixture_log_prob": {"cpu": ("mixture:log_prob", "compiled"), "cuda": ("mixture:log_prob", "compiled")},
+    "bottleneck": {"cpu": ("cpu.bottleneck:computed",)},
     "depthwise": {"cuda": ("triton.depthwise:forward",)},
     "depthwise_input_gradient": {
         "cpu": ("depthwise:turned_forward",),

@@ -1,9 +1,10 @@
-"""Latents of a group in C++ (bottleneck.cpp): distributions and their scores in one pass each (spec §3).
+"""Normal latents on a CPU, without gradients: parameters and densities in one pass each, in C++ (latents.cpp; spec §3).
 
-Float32 or bfloat16 comes in, float32 out, without gradients. Shapes: B images, L latent channels, h w space of a group.
+Shapes: B images, L latent channels, h w space.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,17 +13,17 @@ from torch import Tensor
 from ..native import addresses, channels_last, library, made_from, structure
 from ..watching import watched
 
-SOURCE = Path(__file__).with_name("bottleneck.cpp")
+SOURCE = Path(__file__).with_name("latents.cpp")
 MOST_TERMS = 3
 """Of raw parameters that are summed in one pass."""
 
-_NormalStruct = structure(
+_Normal = structure(
     "Normal",
     "images pixels channels terms repeated0 repeated1 repeated2 bfloat16_0 bfloat16_1 bfloat16_2 threads",
     "temperature",
     "raw0 raw1 raw2 mean sigma",
 )
-_ScoreStruct = structure(
+_Score = structure(
     "Score",
     "images pixels channels closed threads",
     "",
@@ -30,20 +31,18 @@ _ScoreStruct = structure(
 )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def available() -> bool:
-    """Whether the library can be had."""
-    return library(SOURCE) is not None
-
-
-def _takes(*tensors: Tensor, types: tuple[torch.dtype, ...]) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or watched(tensors[0]):
+def _takes(*tensors: Tensor, types: Sequence[torch.dtype]) -> bool:
+    """Whether tensors are of these types, while nobody asks for gradients, traces or watches."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched(tensors[0]):
         return False
-    return all(tensor.dtype in types for tensor in tensors) and available()
+    return all(x.dtype in types for x in tensors) and library(SOURCE) is not None
 
 
 def bounded_normal(raws: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, Tensor]:
-    """Mean and sigma (B, L, h, w), float32, of summed raw parameters (B, 2L, h, w)."""
+    """Mean soft(m) and sigma (exp(soft(l)) + 0.01) · temperature of the sum of raw parameters (B, 2L, h, w).
+
+    Those of fewer images count again for the next ones. Returns (B, L, h, w) each, float32.
+    """
     if len(raws) > MOST_TERMS or not _takes(*raws, types=(torch.float32, torch.bfloat16)):
         return NotImplemented  # type: ignore[no-any-return]
     images, channels, height, width = raws[0].shape
@@ -56,21 +55,25 @@ def bounded_normal(raws: tuple[Tensor, ...], temperature: float) -> tuple[Tensor
     bfloat16 = [*(int(raw.dtype == torch.bfloat16) for raw in raws), *[0] * missing]
     integers = (images, height * width, channels // 2, len(raws), *repeated, *bfloat16, torch.get_num_threads())
     pointers = addresses(*laid_out, *[None] * missing, mean, sigma)
-    made_from(SOURCE).normal(ctypes.byref(_NormalStruct(*integers, temperature, *pointers)))
+    made_from(SOURCE).normal(ctypes.byref(_Normal(*integers, temperature, *pointers)))
     return mean, sigma
 
 
 def score_terms(
     q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor], drawn: Tensor, z: Tensor, closed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KL (B, L), log q and log p (B,), in nats, of a draw; q and p are mean and sigma."""
-    tensors = [*q, *p, drawn, z]
-    if not _takes(*tensors, types=(torch.float32,)):
+    """KL (B, L) of q from p, log density (B,) of `drawn` under q and of z under p, in nats.
+
+    q and p are mean and sigma; all tensors are (B, L, h, w). KL is in `closed` form, else the difference of the log
+    densities.
+    """
+    if not _takes(*q, *p, drawn, z, types=(torch.float32,)):
         return NotImplemented  # type: ignore[no-any-return]
     images, channels, height, width = z.shape
-    assert all(tensor.shape == z.shape for tensor in tensors)
-    tensors = [channels_last(tensor) for tensor in tensors]
+    assert all(tensor.shape == z.shape for tensor in (*q, *p, drawn))
+    tensors = [channels_last(tensor) for tensor in (*q, *p, drawn, z)]
     sums = z.new_empty(3, images, channels)
     integers = (images, height * width, channels, int(closed), torch.get_num_threads())
-    made_from(SOURCE).score(ctypes.byref(_ScoreStruct(*integers, *addresses(*tensors, *sums))))
-    return sums[0], sums[1].sum(1), sums[2].sum(1)
+    made_from(SOURCE).score(ctypes.byref(_Score(*integers, *addresses(*tensors, *sums))))
+    divergence, log_q, log_p = sums
+    return divergence, log_q.sum(1), log_p.sum(1)
