@@ -252,3 +252,47 @@ def test_numbers_survive_writing_to_the_last_bit(number: float) -> None:
 
 def test_a_model_config_reads_back_equal(any_config: NVAEConfig) -> None:
     assert validate(NVAEConfig, parse_yaml(dump_yaml(any_config), "again"), "again") == any_config
+
+
+# ---------------------------------------------------------------------------------------------- words, large numbers
+
+
+@pytest.mark.parametrize("text", ["2024", "007", "1e5", "-3", "1.50", ".5"])
+def test_a_number_may_be_a_name_or_a_path_as_it_is_written(text: str) -> None:
+    read = car(f"name: {text}\nmanual: {text}")
+    assert (read.name, str(read.manual)) == (text, text)
+
+
+def test_an_override_that_is_a_number_may_be_a_name() -> None:
+    assert validate(Car, apply_overrides({}, ["name=007"]), "car").name == "007"
+
+
+def test_numbers_of_numbers_are_numbers() -> None:
+    assert (car("seats: 7").seats, car("weight: 1e2").weight) == (7, 100.0)
+    assert type(car("seats: 7").seats) is int
+
+
+def test_true_is_no_name() -> None:
+    assert "name: input should be a valid string, found true" in complaint(car, "name: true")
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 2**63, 10**60])
+def test_an_integer_that_32_bits_cannot_hold_is_refused(value: int) -> None:
+    assert "seats: input should be an integer of 32 bits, found" in complaint(car, f"seats: {value}")
+
+
+def test_a_field_may_set_a_limit_of_its_own() -> None:
+    class Clock(Config):
+        nanoseconds: int = Field(0, lt=2**63)
+
+    assert validate(Clock, {"nanoseconds": 2**62}, "clock").nanoseconds == 2**62
+    assert "less than" in complaint(validate, Clock, {"nanoseconds": 2**63}, "clock")
+
+
+@pytest.mark.parametrize("text", ["seats: " + "9" * 5000, "name: " + "[" * 3000], ids=["digits", "brackets"])
+def test_what_python_gives_up_on_is_one_line(text: str) -> None:
+    assert "\n" not in complaint(parse_yaml, text, "car.yaml")
+
+
+def test_a_word_that_is_no_utf8_is_refused_by_its_field() -> None:
+    assert "engine.fuel: " in complaint(validate, Car, {"engine": {"fuel": "caf\udce9"}}, "car.yaml")

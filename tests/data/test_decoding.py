@@ -8,6 +8,7 @@ import torchvision.transforms.v2 as transforms
 from PIL import Image
 from stand_ins import file_bytes, noise, smooth
 
+from nvae.data import decoding
 from nvae.data.decoding import BadImage, Shaping, decode
 
 
@@ -168,3 +169,25 @@ def test_a_crop_places_the_square(crop: tuple[float, float], left: int) -> None:
     image = smooth(8, 20)
     square = Shaping(8, 3).square(image, crop)
     assert np.array_equal(np.asarray(square), np.asarray(image)[:, left : left + 8])
+
+
+@pytest.mark.parametrize("size", [(40, 400), (400, 40), (1, 900)], ids=["tall", "wide", "a pixel wide"])
+@pytest.mark.parametrize("crop", [(0.5, 0.5), (0.0, 0.0), (1.0, 1.0)])
+def test_of_a_strip_the_square_is_what_resizing_it_whole_gives(
+    size: tuple[int, int], crop: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, shaping = smooth(*size), Shaping(16, 3, enlarge=True)
+    whole = np.asarray(shaping.square(shaping.rectangle(image), crop)).astype(int)
+    monkeypatch.setattr(decoding, "STRIP", 2)
+    assert np.abs(np.asarray(shaping.cut(image, crop)).astype(int) - whole).max() <= 1
+
+
+def test_a_strip_costs_what_is_kept_of_it() -> None:
+    """As a whole it would become 256 × 15 360 000 pixels, 12 GB."""
+    strip = Image.new("RGB", (1, 60_000), (1, 2, 3))
+    assert Shaping(256, 3, enlarge=True).cut(strip).getpixel((100, 100)) == (1, 2, 3)
+
+
+def test_a_strip_that_would_be_kept_whole_is_refused() -> None:
+    with pytest.raises(BadImage, match="1×60000 pixels, which become 256×15360000: cut the strip first"):
+        Shaping(256, 3, enlarge=True).rectangle(Image.new("RGB", (1, 60_000)))

@@ -372,3 +372,78 @@ def test_a_store_brings_its_own_settings(store: Path) -> None:
 def test_a_mistyped_field_is_named() -> None:
     with pytest.raises(UserError, match="siez: unknown field; did you mean 'size'"):
         read_config("digits", ["siez=3"])
+
+
+# --------------------------------------------------------------------------------------------- what else was there
+
+
+def test_images_added_to_a_prepared_source_are_noticed(folder: Path, tmp_path: Path) -> None:
+    prepared(folder, tmp_path / "store")
+    image_folder(folder, ["new.png"], size=40)
+    with pytest.raises(UserError, match="was prepared from other images: 18 for train, 19 now"):
+        prepared(folder, tmp_path / "store")
+
+
+def test_an_image_exchanged_in_a_prepared_source_is_noticed(folder: Path, tmp_path: Path) -> None:
+    prepared(folder, tmp_path / "store")
+    image_folder(folder, [NAMES[3]], size=50)
+    with pytest.raises(UserError, match=r"was prepared from other images: .* others now"):
+        prepared(folder, tmp_path / "store")
+
+
+def test_splits_added_to_a_prepared_source_are_noticed(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "images", ["train/a.png", "test/b.png"])
+    prepared(source, tmp_path / "store")
+    image_folder(source, ["val/c.png"])
+    with pytest.raises(UserError, match=r"holds train, test, but .* has train, validation, test now"):
+        prepared(source, tmp_path / "store")
+
+
+def test_a_prepared_source_need_not_be_there_any_more(folder: Path, tmp_path: Path) -> None:
+    index = prepared(folder, tmp_path / "store")
+    folder.rename(tmp_path / "away")
+    assert prepared(folder, tmp_path / "store") == index
+
+
+def test_a_store_of_before_is_read_and_left_as_it_is(folder: Path, tmp_path: Path) -> None:
+    prepared(folder, tmp_path / "store")
+    path = tmp_path / "store" / "store.json"
+    content = json.loads(path.read_text())
+    del content["settings"]["is_named"], content["unread"]
+    for part in content["splits"].values():
+        del part["doubtful"], part["state"]
+    path.write_text(json.dumps(content))
+    assert torch.equal(pixels(tmp_path / "store"), pixels(folder))
+    prepared(folder, tmp_path / "store")
+    assert json.loads(path.read_text()) == content
+
+
+def test_files_that_were_not_read_are_printed(folder: Path, tmp_path: Path) -> None:
+    (folder / "photo.heic").write_bytes(b"")
+    lines = prepared(folder, tmp_path / "store").lines()
+    assert lines[-1].startswith("1 file that may hold images is not read: .heic 1 (as photo.heic)")
+
+
+def test_images_that_may_not_be_what_was_meant_are_printed(folder: Path, tmp_path: Path) -> None:
+    dark = Image.fromarray(np.full((40, 40), 4000, dtype=np.uint16))
+    (folder / "twelve.png").write_bytes(file_bytes(dark))
+    index = prepared(folder, tmp_path / "store", holdout=0.5)
+    assert sum(part.images for part in index.splits.values()) == 21
+    assert any("twelve.png was taken, but a 16-bit image has no value above 4095" in line for line in index.lines())
+
+
+def test_a_name_that_is_no_utf8_is_listed_escaped(folder: Path, tmp_path: Path) -> None:
+    (folder / "caf\udce9.png").write_bytes(b"")
+    (folder / "b\udce9.png").write_bytes((folder / NAMES[0]).read_bytes())
+    index = prepared(folder, tmp_path / "store", holdout=0.5)
+    assert [name for part in index.splits.values() for name, _ in part.skipped] == ["caf\\xe9.png"]
+    assert "caf\\\\xe9.png" in (tmp_path / "store" / "store.json").read_text()
+
+
+def test_an_unreadable_source_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"data\.path: .* cannot be read: Permission denied"):
+        prepared(folder, tmp_path / "store")

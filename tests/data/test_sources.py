@@ -2,19 +2,22 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from stand_ins import file_bytes, image_folder, noise, published_lmdb, smooth, write_lmdb, zipped
 
 from nvae.core.errors import UserError
+from nvae.data.arrays import ArrayFile, ArraySource, Joined
 from nvae.data.databases import LmdbSource
 from nvae.data.decoding import BadImage, Shaping
 from nvae.data.images import BadImagesError, read_all
-from nvae.data.sources import FolderSource, Shaped, ZipSource, folder_listing, zip_members
+from nvae.data.sources import FolderSource, Shaped, Source, ZipSource, folder_listing, zip_members
 
 
 def test_a_folder_is_searched_at_any_depth_and_in_one_order(tmp_path: Path) -> None:
@@ -171,3 +174,70 @@ def test_bad_images_are_found_among_many(tmp_path: Path) -> None:
     with pytest.raises(BadImagesError) as caught:
         read_all(Shaped(FolderSource(tmp_path, names), Shaping(8, 3)))
     assert caught.value.problems == ["003.png: empty file", "150.png: empty file"]
+
+
+# ------------------------------------------------------------------------------------------------- names, links, states
+
+
+def test_a_member_that_stands_twice_in_a_zip_is_read_once_and_the_later(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as file, pytest.warns(UserWarning, match="Duplicate"):
+        for colour in ("red", "blue"):
+            file.writestr("a.png", file_bytes(Image.new("RGB", (1, 1), colour)))
+    assert zip_members(path) == ["a.png"]
+    assert ZipSource(path, ["a.png"]).load(0).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_member_with_backslashes_is_read(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", {"set\\a.png": file_bytes(smooth(8, 8))})
+    assert ZipSource(path, zip_members(path)).load(0).size == (8, 8)
+
+
+def test_a_file_whose_name_is_no_utf8_is_read_and_named_escaped(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["caf\udce9.png"], size=8)
+    images = Shaped(FolderSource(tmp_path, folder_listing(tmp_path).images), Shaping(8, 3))
+    assert (len(read_all(images)), images.name(0)) == (1, "caf\\xe9.png")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_which_of_two_ways_leads_to_a_folder_does_not_depend_on_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turned: bool
+) -> None:
+    image_folder(tmp_path, ["real/a.png"])
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    walk = os.walk
+
+    def in_an_order(*args: Any, **options: Any) -> Iterator[Any]:
+        for folder, below, files in walk(*args, **options):
+            below.sort(reverse=turned)
+            yield folder, below, files
+
+    monkeypatch.setattr(os, "walk", in_an_order)
+    assert folder_listing(tmp_path).images == ["link/a.png"]
+
+
+def sources(tmp_path: Path, size: int) -> list[Source]:
+    """The same names, and images of a side."""
+    root = image_folder(tmp_path / f"files {size}", ["a.png", "b.png"], size=size)
+    data = {name: (root / name).read_bytes() for name in ("a.png", "b.png")}
+    pixels = noise(2, size, size, 3)
+    np.save(tmp_path / f"{size}.npy", pixels)
+    np.savez(tmp_path / f"{size}.npz", images=pixels)
+    archive = zipped(tmp_path / f"{size}.zip", data)
+    database = write_lmdb(tmp_path / f"{size}.lmdb", {name.encode(): value for name, value in data.items()})
+    return [
+        FolderSource(root, ["a.png", "b.png"]),
+        ZipSource(archive, ["a.png", "b.png"]),
+        LmdbSource.open(database),
+        ArrayFile(tmp_path / f"{size}.npy"),
+        ArrayFile(tmp_path / f"{size}.npz", "images"),
+        ArraySource(pixels, "x"),
+        Joined([ArraySource(pixels, "x")]),
+    ]
+
+
+def test_the_state_of_a_source_tells_its_images_from_others(tmp_path: Path) -> None:
+    for one, other in zip(sources(tmp_path, 8), sources(tmp_path, 9), strict=True):
+        assert one.state() == one.take([0, 1]).state()
+        assert one.state() != other.state()
+        assert one.state() != one.take([0]).state()
