@@ -12,10 +12,10 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from yaml.constructor import ConstructorError
 
@@ -23,14 +23,27 @@ from .errors import UserError
 
 
 class Config(BaseModel):
-    """Base of every section: unknown fields are errors, numbers finite, values fixed; docstrings are the help."""
+    """Base of every section: unknown fields are errors, numbers finite, values fixed; docstrings are the help.
+
+    Integers fit 32 bits, as they do in what computes with them, unless their field has a limit of its own.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
 
+    @field_validator("*")
+    @classmethod
+    def _integers_fit(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+            limits = cls.model_fields[str(info.field_name)].metadata
+            if not any(hasattr(limit, "lt") or hasattr(limit, "le") for limit in limits):
+                raise ValueError(f"input should be an integer of 32 bits, found {shortened(value)}")
+        return value
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+LARGEST = 2**31
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -69,15 +82,42 @@ _Loader.yaml_implicit_resolvers = {}
 for _name, (_spelling, _first) in _SCALARS.items():
     for _side in (_Loader, _Dumper):
         _side.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_spelling})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+class _Integer(int):
+    """An integer that remembers how it was written: a run may be called 007."""
+
+    spelling: str
+
+
+class _Real(float):
+    """A number that remembers how it was written."""
+
+    spelling: str
+
+
+def _integer(_: _Loader, node: yaml.ScalarNode) -> _Integer:
+    number = _Integer(node.value)
+    number.spelling = node.value
+    return number
+
+
+def _real(loader: _Loader, node: yaml.ScalarNode) -> _Real:
+    number = _Real(loader.construct_yaml_float(node))
+    number.spelling = node.value
+    return number
+
+
+cast(Any, _Loader).add_constructor("tag:yaml.org,2002:int", _integer)
+cast(Any, _Loader).add_constructor("tag:yaml.org,2002:float", _real)
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text; raises UserError naming `source` and the line where it does not parse."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{shortened(source)}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -119,6 +159,10 @@ def validate(config: type[ConfigT], data: Mapping[str, Any], source: str) -> Con
 
     Raises UserError with one line per error: the field, what was found, what is allowed, the nearest name.
     """
+    data = _numbers_as_text(config, data)
+    for name, value in flat(data).items():
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{source}: {name}: {value!r} is not written in UTF-8")
     try:
         # JSON's strict mode is YAML's type system: lists may become tuples and strings paths, nothing else converts.
         return config.model_validate_json(json.dumps(data), strict=True)
@@ -126,6 +170,23 @@ def validate(config: type[ConfigT], data: Mapping[str, Any], source: str) -> Con
         if isinstance(error, ValidationError):
             raise user_error(config, error, source) from error
         raise UserError(f"{source}: {error}") from error
+
+
+def _numbers_as_text(config: type[Config], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with numbers as they were written, where a field takes text: names and paths may be made of digits."""
+    result = dict(data)
+    for name, value in data.items():
+        field = config.model_fields.get(str(name))
+        section = _section_type(field) if field else None
+        if section is not None and isinstance(value, Mapping):
+            result[name] = _numbers_as_text(section, value)
+        elif field is not None and isinstance(value, _Integer | _Real) and _is_text(field.annotation):
+            result[name] = value.spelling
+    return result
+
+
+def _is_text(annotation: Any) -> bool:
+    return set(typing.get_args(annotation) or (annotation,)) - {type(None)} <= {str, Path}
 
 
 def user_error(config: type[Config], error: ValidationError, source: str) -> UserError:
@@ -145,10 +206,18 @@ def _sentence(config: type[Config], problem: Any) -> str:
         return f"{where}: {problem['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
     found = json.dumps(problem["input"], default=str)
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    message += f", found {found if len(found) < 80 else found[:77] + '...'}"
+    message += f", found {shortened(found)}"
     if problem["type"] == "literal_error":
         message += nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
     return f"{where}: {message}"
+
+
+def shortened(value: object) -> str:
+    """The text of a value in at most 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"one of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:

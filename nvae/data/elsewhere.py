@@ -5,7 +5,7 @@ from pathlib import Path
 from ..core.errors import UserError
 from .config import DataConfig
 from .images import fingerprint
-from .named import counts_of, find
+from .named import counts_agree, find
 from .sets import open_unread, readable
 from .store import is_store, read_index
 
@@ -67,8 +67,6 @@ def _is_the_set(config: DataConfig) -> bool:
         found = find(config, fetch=False)
         if not found.is_named or "path" not in found.uses:
             return False
-        return not found.is_converted or all(
-            len(found.of(split)) in counts_of(config.name, split) for split in found.splits
-        )
+        return not found.is_converted or counts_agree(config.name, found.counts())
     except UserError:
         return False

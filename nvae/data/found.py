@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..core.errors import UserError
@@ -35,6 +36,10 @@ class Found:
     """True where that is someone's conversion, which may be any images."""
     unread: tuple[str, ...] = ()
     """Names of files beside the splits that may hold images, and are not read."""
+
+    def counts(self) -> dict[Split, Callable[[], int]]:
+        """How many images each split has, counted when asked."""
+        return {split: partial(lambda part: len(self.of(part)), split) for split in self.splits}
 
     def of(self, split: Split) -> Source:
         """The images of a split, or of that which stands in for it. Raises UserError where there is neither."""

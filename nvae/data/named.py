@@ -6,7 +6,7 @@ images are.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,8 @@ COUNTS: dict[str, dict[Split, tuple[int, ...]]] = {
 """Images of each split; two numbers where the set is given out in two versions."""
 
 Splits = dict[Split, Opener]
+Counts = Mapping[Split, Callable[[], int]]
+"""How many images each split has, counted when asked."""
 
 
 def counts_of(name: str, split: Split) -> tuple[int, ...]:
@@ -307,6 +309,14 @@ def find(config: DataConfig, *, fetch: bool = True) -> Found:
     if splits is None:
         raise UserError(_missing(config.name, named, path))
     return Found(path, splits, named.uses, config.name, is_named=True)
+
+
+def counts_agree(name: str, counts: Counts, split: Split | None = None) -> bool:
+    """True where a split has as many images as that of a set; of a conversion, which may be anything, every split."""
+    named = SETS[name]
+    looked_at = [part for part in counts if part == split or (named is not None and named.convertible)]
+    looked_at = looked_at or [part for part in counts if part != "train"]  # one that stands in for the split
+    return all(not (known := counts_of(name, part)) or counts[part]() in known for part in looked_at)
 
 
 def _missing(name: str, named: NamedSet, path: Path) -> str:

@@ -1,5 +1,6 @@
 """Anyone's own images: a folder, a file, a zip, an array or an LMDB, with splits of its own or a hold-out."""
 
+import posixpath
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -85,7 +86,7 @@ def _listed(path: Path, lists: Mapping[Split, Path]) -> dict[Split, Opener]:
 
 def _named(path: Path, lists: Mapping[Split, Path], split: Split) -> Source:
     """The images that a list names, as the folder or zip spells them."""
-    names = listed(lists, split)
+    names = [posixpath.normpath(name) for name in listed(lists, split)]
     if path.is_dir():
         is_exact = all((path / name).is_file() for name in names)
         return FolderSource(path, names if is_exact else as_spelt_in(names, files_below(path)))

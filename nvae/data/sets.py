@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from .config import DataConfig
 from .decoding import Shaping
 from .found import Found, require_effect, without_idle_fields
 from .images import Images, InMemory, read_all
-from .named import CELEBA_BOX, counts_of, find
+from .named import CELEBA_BOX, Counts, counts_agree, counts_of, find
 from .names import unread_note
 from .sources import Shaped, Source
 from .splits import Split
@@ -105,12 +106,13 @@ def known_as(config: DataConfig, split: Split) -> str:
     with readable(config.source):
         if is_store(config.source):
             index = read_index(config.source)
-            name = index.settings.name if index.settings.is_named is not False else "images"
-            count = len(Store(config.source, split, config))
+            name, is_named = index.settings.name, index.settings.is_named is not False
+            counts: Counts = {part: partial(int, contents.images) for part, contents in index.splits.items()}
         else:
             found = find(config)
-            name, count = config.name if found.is_named else "images", len(found.of(split))
-    return name if count in (counts_of(name, split) or (count,)) else "images"
+            name, is_named = config.name, found.is_named
+            counts = found.counts()
+        return name if is_named and counts_agree(name, counts, split) else "images"
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..core.distributed import from_rank_zero, gather_objects, rank
 from ..core.errors import UserError
 from ..core.files import atomic_file
 from ..core.randomness import keyed_normal
+from ..data.images import require_images
 from ..data.loading import Batch
 from ..models.base import Family, Features
 from .figures import Evaluation, Figures
@@ -142,7 +143,13 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(self, images: Tensor, indices: Sequence[int]) -> Figures:
-        """The figures of images (B, C, H, W) in [0, 1], which stand at `indices` in their split."""
+        """The figures of images (B, C, H, W) in [0, 1], which stand at `indices` in their split.
+
+        Raises UserError for other images, as for 0 … 255.
+        """
+        require_images(images, self.model.config.image_channels, self.model.config.image_size)
+        if len(indices) != len(images):
+            raise UserError(f"indices: there are {len(indices)} for {len(images)} images")
         features = self.model.encode(images)
         found: list[_Draws] = []
         done = 0

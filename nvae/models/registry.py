@@ -17,13 +17,15 @@ FAMILIES = {
 
 def family(name: str) -> type[Family[Any]]:
     """The class of a family. Raises UserError when there is none of that name."""
+    if not isinstance(name, str):
+        raise UserError(f"model.family: takes a name, found {name!r}")
     path = FAMILIES.get(name, name)
     module_name, colon, class_name = path.partition(":")
     if not colon:
         raise UserError(f"model.family: unknown family '{name}'{nearest(name, FAMILIES)}")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"model.family: '{name}' cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Family)):
         raise UserError(f"model.family: '{name}' is not a Family (nvae.models.base)")

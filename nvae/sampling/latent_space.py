@@ -18,6 +18,7 @@ from torch import Tensor
 from ..bricks.latents import Normal
 from ..core.errors import UserError
 from ..core.randomness import keyed_normal
+from ..data.images import require_images
 from ..data.loading import Batch
 from ..models.base import Family, Temperature
 from .images import pixels_of
@@ -44,12 +45,13 @@ class Code:
 def encode(model: Family[Any], images: Tensor, *, seed: int = 0) -> Code:
     """The code of images (B, C, H, W) in [0, 1], drawn from the posterior with noise keyed on (seed, row).
 
-    Raises UserError for a family whose latents are not Normal.
+    Raises UserError for other images, as for 0 … 255, and for a family whose latents are not Normal.
     """
     if model.latent_kind != "normal":
         raise UserError(
             f"{type(model).__name__}: its latents are not Normal but {model.latent_kind}: without μ, σ and ε"
         )
+    require_images(images, model.config.image_channels, model.config.image_size)
     noise = keyed_normal(model.latent_shapes(len(images)), range(len(images)), seed, "encode", images.device)
     output = model.decode(model.encode(images), noise=noise)
     return Code(output.z, output.posterior, output.prior)
@@ -80,8 +82,9 @@ def reconstruct(
 ) -> Tensor:
     """Mean images (B, C, H, W) of the first `groups` groups from the posterior (None: all) and the rest from the prior.
 
-    Raises UserError for more groups than there are.
+    Raises UserError for more groups than there are, and for other images, as for 0 … 255.
     """
+    require_images(images, model.config.image_channels, model.config.image_size)
     total = len(model.latent_shapes(1))
     if groups is not None and not 0 <= groups <= total:
         raise UserError(f"groups: the model has {total} latent groups, found {groups}")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ..core.config import Config, apply_overrides, read_yaml, validate
 from ..data.config import DataConfig
@@ -21,7 +21,7 @@ class RunConfig(Config, Generic[ModelT]):
 
     name: str
     """The run is kept in runs/<name>; by default the config file's name."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Everything random follows from it."""
     model: ModelT
     data: DataConfig = DataConfig()

@@ -17,6 +17,14 @@ from ..core.errors import UserError
 from ..core.files import atomic_file, lock
 
 
+def inside(runs: Path, name: str) -> Path:
+    """The folder of a run. Raises UserError for a name that is none, or leads out of the folder of all runs."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise UserError(f"name: '{name}' is no name of a folder inside {runs}/")
+    return runs / name
+
+
 class RunFolder:
     """Files of one run. Every rank reads; only rank 0 writes, except that any may say why it failed."""
 

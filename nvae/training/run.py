@@ -12,7 +12,7 @@ from ..core.errors import UserError, line_of
 from ..core.precision import Precision, allow_tf32, precision_on
 from .config import AnyRunConfig
 from .content import IMAGES, text_of
-from .folder import RunFolder
+from .folder import RunFolder, inside
 from .interruption import Interruption
 from .setup import images_per_update, ready
 from .trainer import Outcome
@@ -29,7 +29,7 @@ def train(config: AnyRunConfig, runs: Path = Path("runs")) -> Outcome:
         device = distributed.start(kind, config.train.timeout_minutes)
         precision = precision_on(device, config.train.precision)
         allow_tf32(precision)
-        folder = RunFolder(runs / config.name)
+        folder = RunFolder(inside(runs, config.name))
         with folder.locked(), _failures_recorded(folder, config):
             outcome = _train_in(folder, config, device, precision, interruption)
         distributed.stop()

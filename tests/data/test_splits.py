@@ -152,3 +152,102 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"x\.tar is not a folder of PNG, JPEG, WebP, BMP, TIFF or GIF files"):
         split(tmp_path / "x.tar", "train")
+
+
+# ----------------------------------------------------------------------------------------------------------- spellings
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("b\\c.PNG\r\n", "utf-8"), ("./b/c.png\n", "utf-8"), ("b/c.png", "utf-8-sig"), ("b/c.png\n", "utf-16")],
+    ids=["backslashes and capitals", "a dot", "a byte order mark", "two bytes a letter"],
+)
+def test_lists_of_other_systems_name_the_same_images(tmp_path: Path, text: str, encoding: str) -> None:
+    image_folder(tmp_path, ["a.png", "b/c.png"])
+    (tmp_path / "train.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "test.txt").write_text("a.png")
+    assert split(tmp_path, "train") == ["b/c.png"]
+
+
+def test_lists_that_share_an_image_under_two_spellings_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("a/b.png\n")
+    (tmp_path / "TEST.TXT").write_text(".\\a\\b.PNG\n")
+    with pytest.raises(UserError, match="share 1 images"):
+        split(tmp_path, "test")
+
+
+def test_a_list_names_members_of_a_zip_as_it_likes(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", dict.fromkeys(["set\\a.png", "set/b.png"], b""))
+    (tmp_path / "train.txt").write_text("set/a.png\n.\\set\\b.png\n")
+    assert split(path, "train", lists=tmp_path) == ["set/a.png", "set/b.png"]
+
+
+def test_folders_in_a_zip_of_another_system_are_splits(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.ZIP", dict.fromkeys(["set\\train\\a.png", "set\\test\\b.png"], b""))
+    assert (split(path, "train"), split(path, "test")) == (["set/train/a.png"], ["set/test/b.png"])
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["train/a.png", "val/b.png", "validation/c.png"])
+    with pytest.raises(UserError, match="both val and validation are validation images by their names"):
+        split(tmp_path, "train")
+
+
+def test_a_name_that_is_no_utf8_is_held_out_by_its_bytes() -> None:
+    whole = FolderSource(Path(), [*NAMES, "caf\udce9.png"])
+    assert sorted(names(hold_out(whole, 0.2, "train")) + names(hold_out(whole, 0.2, "test")))[-1] == "caf\udce9.png"
+
+
+def test_a_hold_out_of_one_keeps_every_image(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["a.png"])
+    assert split(tmp_path, "test", holdout=1) == split(tmp_path, "validation", holdout=1) == ["a.png"]
+    with pytest.raises(UserError, match="has test, but no train"):
+        split(tmp_path, "train", holdout=1)
+
+
+def test_one_file_is_a_set_of_one_image(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["a.JPG"])
+    assert split(tmp_path / "a.JPG", "test", holdout=1) == ["a.JPG"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("x_train", "x_test"), ("X_train", "X_test"), ("train_images", "test_images")]
+)
+def test_arrays_of_keras_and_medmnist_are_splits(tmp_path: Path, train: str, test: str) -> None:
+    labels = {"y_train": np.zeros(3), "test_labels": np.zeros(2)}
+    np.savez(tmp_path / "x.NPZ", **{train: noise(3, 4, 4), test: noise(2, 4, 4)}, **labels)
+    (path,) = tmp_path.iterdir()
+    assert (len(split(path, "train")), len(split(path, "test"))) == (3, 2)
+
+
+def test_labels_do_not_make_an_npz_of_one_array_unclear(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", faces=noise(10, 4, 4), labels=np.zeros(10))
+    assert len(split(tmp_path / "x.npz", "train")) == 9
+
+
+def test_one_image_as_an_array_is_told_from_many(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", noise(32, 32, 3))
+    with pytest.raises(UserError, match=r"has shape \(32, 32, 3\) \(this looks like one image"):
+        split(tmp_path / "x.npy", "train")
+
+
+# -------------------------------------------------------------------------------------------------------------- unread
+
+
+def test_images_beside_the_splits_are_told(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["train/a.png", "test/b.png", "extra/c.png", "d.png"])
+    found = own_images(tmp_path, DataConfig(path=tmp_path))
+    assert sorted(found.unread) == ["d.png", "extra/c.png"]
+
+
+def test_files_that_may_be_images_are_told_with_the_source(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["a.png", "b.png", "c.heic"])
+    (tmp_path / "without").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "LICENSE").write_text("free")
+    source = own_images(tmp_path, DataConfig(path=tmp_path)).of("train")
+    assert list(source.unread) == ["c.heic", "without"]
+
+
+def test_members_of_a_zip_beside_its_splits_are_told(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "x.zip", dict.fromkeys(["train/a.png", "test/b.png", "c.png", "d.avif", "e.txt"], b""))
+    assert own_images(path, DataConfig(path=path)).unread == ("c.png", "d.avif")

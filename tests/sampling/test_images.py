@@ -136,15 +136,15 @@ def test_readjusted_statistics_are_plain_averages_over_the_batches(
 ) -> None:
     """All batches count alike, whatever came before: against float64, from what each batch norm was given."""
     seen: dict[BatchNorm, list[Tensor]] = {}
-    original = BatchNorm._measure
+    original = BatchNorm.advance
 
-    def measure(norm: BatchNorm, x: Tensor) -> Tensor:
+    def advance(norm: BatchNorm, statistics: Tensor, x: Tensor) -> None:
         mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
         count = x.numel() // x.shape[1] * norm.copies
         seen.setdefault(norm, []).append(torch.stack([mean, var * count / (count - 1)]))
-        return original(norm, x)
+        original(norm, statistics, x)
 
-    monkeypatch.setattr(BatchNorm, "_measure", measure)
+    monkeypatch.setattr(BatchNorm, "advance", advance)
     readjust(model, 0.6, batches=5, batch=3)
     assert len(seen) > 10
     for norm, moments in seen.items():
