@@ -80,11 +80,17 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         found, log_q = self._codes(features, noise, latents)
         indices = [quantised.indices for quantised in found]
         labels = self._known(features.labels, noise)
-        rates = [self._rate(level, indices, labels)[:, None] for level in range(len(indices))]
+        rates = torch.stack([self._rate(level, indices, labels) for level in range(len(indices))], dim=1)
         with torch.set_grad_enabled(self.config.train_decoder and torch.is_grad_enabled()):
             likelihood = self.first.likelihood(self.first.network.values(indices))
-        log_p = -torch.cat(rates, dim=1).sum(1)
-        return Output(likelihood, features.target, rates, log_q, log_p, z=[map_[:, None] for map_ in indices])
+        return Output(
+            likelihood,
+            features.target,
+            channel_kl=list(torch.split(rates + log_q, 1, dim=1)),
+            log_q=log_q.sum(1),
+            log_p=-rates.sum(1),
+            z=[map_[:, None] for map_ in indices],
+        )
 
     @torch.no_grad()
     def sample(
@@ -117,7 +123,10 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         return self.first.latent_shapes(n)
 
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
-        """Nats a code, summed over the levels, whose priors learn apart from each other (§4)."""
+        """Nats a code, summed over the levels, whose priors learn apart from each other (§4).
+
+        Where codes are drawn they are of the KL, which differs from the rate by what no weight can change.
+        """
         codes = torch.tensor([shape.height * shape.width for shape in self.first.config.maps]).to(output.kl)
         per_code = output.kl.mean(0) / codes
         loss = per_code.sum()
@@ -188,16 +197,16 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
     def _codes(
         self, features: Features, noise: Noise, latents: Sequence[Tensor] | None
     ) -> tuple[list[Quantised], Tensor]:
-        """Each level's codes, and log q of them all, (B,) nats."""
-        log_q = torch.zeros(len(features.target), device=features.target.device)
+        """Each level's codes, and their log q, (B, L) nats."""
+        log_q = torch.zeros(len(features.target), len(noise), device=features.target.device)
         scales = self.config.posterior_temperature * self.spread
 
         def drawn(number: int, quantiser: Quantiser, vectors: Tensor) -> Quantised:
             indices, nats = drawn_near(quantiser, vectors, noise[number][:, 0], scales[number])
-            log_q.add_(nats)
+            log_q[:, number] = nats
             return quantiser.chosen(vectors, indices)
 
-        otherwise = drawn if self.config.posterior_temperature > 0 and not self.training else chosen_nearest
+        otherwise = drawn if self.config.posterior_temperature > 0 else chosen_nearest
         with exact_products(features.target.device):
             choice = self.first.choice(features, latents, otherwise)
             return self.first.network.quantise(features.encoded, choice), log_q
