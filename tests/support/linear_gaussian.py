@@ -89,7 +89,7 @@ class LinearGaussian(Family[ModelConfig]):
         ours = torch.distributions.MultivariateNormal(mean, torch.diag_embed(sigma.square()))
         return self.exact_log_prob(x) - torch.distributions.kl_divergence(ours, posterior)
 
-    def encode(self, x: Tensor, labels: Tensor | None = None) -> Encoded:
+    def encode(self, x: Tensor) -> Encoded:
         self.encoded += 1
         exact = self.exact_posterior(x)
         q = Normal(exact.mean + OFF, WIDER * exact.variance.sqrt())
@@ -117,7 +117,6 @@ class LinearGaussian(Family[ModelConfig]):
         temperature: Temperature = 1.0,
         noise: Noise | None = None,
         latents: Sequence[Tensor] | None = None,
-        labels: Tensor | None = None,
     ) -> Likelihood:
         noise = [torch.randn(shape) for shape in self.latent_shapes(n)] if noise is None else noise
         return self._likelihood(latents[0] if latents else temperatures(temperature, 1)[0] * noise[0].double())
