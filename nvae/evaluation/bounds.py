@@ -142,15 +142,16 @@ class Evaluator:
         self.rows = rows or max(PIXELS.get(kind, PIXELS["cpu"]) // model.config.image_size**2, 1)
 
     @torch.no_grad()
-    def measure(self, images: Tensor, indices: Sequence[int]) -> Figures:
+    def measure(self, images: Tensor, indices: Sequence[int], labels: Tensor | None = None) -> Figures:
         """The figures of images (B, C, H, W) in [0, 1], which stand at `indices` in their split.
 
+        `labels` (B,) are their classes, of which a model that takes none is not told.
         Raises UserError for other images, as for 0 … 255.
         """
         require_images(images, self.model.config.image_channels, self.model.config.image_size)
         if len(indices) != len(images):
             raise UserError(f"indices: there are {len(indices)} for {len(images)} images")
-        features = self.model.encode(images)
+        features = self.model.encode(images, labels if self.model.config.classes else None)
         found: list[_Draws] = []
         done = 0
         while done < self.samples:
@@ -223,17 +224,18 @@ def evaluate_batches(
     evaluator = Evaluator(model, samples=importance_samples, seed=seed, draw=draw, rows=rows)
     parts = Parts() if parts is None else parts
     for batch in batches:
-        images, indices = _without(batch, parts.done)
-        if indices:
-            parts.add(evaluator.measure(images, indices))
+        left = _without(batch, parts.done)
+        if left.indices:
+            parts.add(evaluator.measure(left.images, left.indices, left.labels))
     return parts.gathered()
 
 
-def _without(batch: Batch, done: frozenset[int]) -> tuple[Tensor, list[int]]:
-    """The images of a batch that are not done, and their positions."""
+def _without(batch: Batch, done: frozenset[int]) -> Batch:
+    """What of a batch is not done."""
     left = [row for row, index in enumerate(batch.indices) if index not in done]
-    images = batch.images if len(left) == len(batch.indices) else batch.images[left]
-    return images, [batch.indices[row] for row in left]
+    if len(left) == len(batch.indices):
+        return batch
+    return Batch(batch.images[left], [batch.indices[row] for row in left], batch.labels[left])
 
 
 def evaluate(

@@ -12,6 +12,8 @@ from torch import Tensor
 from nvae.bricks.quantiser import QuantiserConfig, build_quantiser
 from nvae.core.config import validate
 from nvae.core.errors import UserError
+from nvae.data.loading import Batch
+from nvae.evaluation.bounds import evaluate_batches
 from nvae.models.base import FirstBatch, FirstImages
 from nvae.models.vdvae.config import VDVAEConfig
 from nvae.models.vqvae.config import VQVAEConfig, VQVAEPriorConfig
@@ -339,3 +341,11 @@ def test_without_a_likelihood_there_is_a_rate_and_a_distortion_and_no_sum() -> N
     assert model.density == "none"
     _, metrics = model.loss(model(images(4)), 0.0)
     assert metrics.keys() == {"nats_per_code", "squared_error", "kl"}
+
+
+def test_an_evaluation_tells_the_model_the_classes(first: VQVAE) -> None:
+    model, x, labels = prior(first, classes=3), images(4), torch.tensor([0, 1, 2, -1])
+    found = evaluate_batches(model, [Batch(x, list(range(4)), labels)])
+    torch.testing.assert_close(found.kl, model(x, labels=labels).kl.double())
+    assert found.codes is not None
+    assert found.codes.sum(1).tolist() == [4, 16]
