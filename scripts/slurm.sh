@@ -22,7 +22,9 @@ trap : TERM USR1 # a signal to this shell too must not end it before those who t
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 WORLD_SIZE=$SLURM_NTASKS
-export MASTER_ADDR MASTER_PORT WORLD_SIZE PYTHON="${PYTHON:-.venv/bin/python}"
+# srun takes the processors of a task from here, not from sbatch; each process shares its own with its loaders.
+SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=1
+export SRUN_CPUS_PER_TASK OMP_NUM_THREADS MASTER_ADDR MASTER_PORT WORLD_SIZE PYTHON="${PYTHON:-.venv/bin/python}"
 
 code=0
 # shellcheck disable=SC2016 # each process reads its own rank

@@ -38,7 +38,8 @@ checker=$!
 trap 'kill $checker 2>/dev/null || true; rm -f "$types"' EXIT
 
 failed=0
-.venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder -m "$selection" ${options[@]+"${options[@]}"} \
+.venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
+    -m "$selection" ${options[@]+"${options[@]}"} \
     ${tests[@]+"${tests[@]}"} "$@" || failed=$?
 wait $checker || failed=$?
 cat "$types"

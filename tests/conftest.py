@@ -10,7 +10,7 @@ from kinds import KINDS, SMALL
 from places import SHARED
 
 from nvae.core.config import validate
-from nvae.models.nvae.model import NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,8 +22,9 @@ from nvae.checkpoints.format import read_safely
 from nvae.checkpoints.loading import load_model
 from nvae.core.config import Config, dump_yaml
 from nvae.core.errors import UserError
-from nvae.models.nvae.model import NVAEConfig
-from nvae.models.vdvae.model import VDVAE, VDVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.vdvae.config import VDVAEConfig
+from nvae.models.vdvae.model import VDVAE
 from nvae.models.vdvae.published import from_published, to_published
 
 TOLERANCE = 3e-6

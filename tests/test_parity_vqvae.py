@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nvae.bricks.causal import Walk
+from nvae.bricks.likelihoods import LikelihoodConfig
 from nvae.bricks.quantiser import (
     AveragedQuantiser,
     Quantised,
@@ -30,7 +31,12 @@ from nvae.bricks.quantiser import (
     perplexity,
     squared_distances,
 )
+from nvae.checkpoints.conversion import convert
 from nvae.checkpoints.format import read_safely
+from nvae.checkpoints.loading import load_model
+from nvae.core.config import Config, dump_yaml
+from nvae.core.errors import UserError
+from nvae.models.vqvae.config import VQVAEConfig
 from nvae.models.vqvae.network import Network, Shape
 from nvae.models.vqvae.pixelsnail import MapShape, PixelSNAIL, PixelSNAILConfig
 from nvae.models.vqvae.published import foreign_network, foreign_prior, load_network, load_prior, network_names
@@ -439,6 +445,41 @@ def test_a_prior_trained(case: Case) -> None:
 def test_a_network_goes_back_bit_for_bit(case: Case) -> None:
     network = network_of(case, averages="from_zero")
     assert_equal(foreign_network(network), case.state_dict())
+
+
+def config_of(case: Case) -> VQVAEConfig:
+    """The config of the model, whose images are squares."""
+    h = case.facts
+    heights = [case.tensors[name].shape[-2] for name in ("images", *MAPS[h["kind"]])]
+    return VQVAEConfig(
+        image_size=heights[0],
+        image_channels=h["channels"],
+        likelihood=LikelihoodConfig(kind="squared_error"),
+        factors=tuple(larger // smaller for larger, smaller in pairwise(heights)),
+        channels=h["hidden"],
+        residual_channels=h["residual"],
+        blocks=h["blocks"],
+        relu_before_blocks=h["kind"] == "network_one_level",
+        quantiser=QuantiserConfig(codes=h["codes"], dim=h["dim"]),
+    )
+
+
+class Recipe(Config):
+    model: VQVAEConfig
+
+
+@cases(*MAPS)
+def test_the_one_door_loads_and_converts_it_with_a_config(case: Case, tmp_path: Path) -> None:
+    if len(set(case.tensors["images"].shape[-2:])) > 1:
+        pytest.skip("a family's images are squares")
+    file, recipe = case.folder / "model.pt", tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml(Recipe(model=config_of(case))))
+    with pytest.raises(UserError, match="carries no hyper-parameters"):
+        load_model(file)
+    assert load_model(file, config=recipe).density == "none"
+    convert(file, tmp_path / "ours.pt", config=recipe)
+    convert(tmp_path / "ours.pt", tmp_path / "back.pt")
+    assert_equal(read_safely(tmp_path / "back.pt"), case.state_dict())
 
 
 @cases("prior")

@@ -4,16 +4,16 @@ import ctypes
 import platform
 import time
 from statistics import median
+from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import UserError
 from ..core.precision import AUTOCAST, Precision, allow_tf32
 from ..kernels.operations import using
-from ..models.base import ModelConfig
-from ..models.registry import build
+from ..models.base import Family
 from .timing import synchronise
 
 
@@ -33,14 +33,14 @@ def matrix_peak(device: torch.device, precision: Precision, size: int | None = N
     return 2 * size**3 / median(seconds[2:]) / 1e9
 
 
-def training_gflop(config: ModelConfig, batch: int) -> float:
-    """GFLOP of the products of a training step, computed plainly, counted from their shapes.
+@torch.no_grad()
+def training_gflop(model: Family[Any], images: Tensor) -> float:
+    """GFLOP of the products of a training step on images, counted from their shapes as the model computes them plainly.
 
     A product and a sum are two; input and weight gradients take as many as the forward pass.
     """
-    with FakeTensorMode(), using("plain"), FlopCounterMode(display=False) as counter:
-        model = build(config).train()
-        model(torch.zeros(batch, config.image_channels, config.image_size, config.image_size))
+    with using("plain"), FlopCounterMode(display=False) as counter:
+        model.eval()(images)
     return float(3 * counter.get_total_flops() / 1e9)
 
 

@@ -14,7 +14,7 @@ from ..core.precision import Precision, allow_tf32, autocast
 from ..evaluation.bounds import Evaluator, importance_weighted_bound
 from ..kernels.fusion import compile_each
 from ..kernels.operations import using
-from ..models.base import Family, ModelConfig
+from ..models.base import Family, FirstBatch, FirstImages, ModelConfig
 from ..models.nvae.config import NVAEConfig
 from ..models.registry import build
 from ..sampling.images import sample_images
@@ -76,6 +76,8 @@ class Workload:
         """A model with running statistics of a few updates; always the same one."""
         torch.manual_seed(0)
         model = build(self.config).to(self.device).train()
+        first = FirstBatch(self.images, torch.full((self.batch,), -1), lambda: model.noise_for(self.batch, None))
+        model.begin(FirstImages([first], epoch_size=self.batch, seed=0))
         with torch.no_grad():
             for _ in range(3):
                 model(self.images)

@@ -3,19 +3,16 @@
 Shapes: B images, K draws of each, C channels of a tower, L latent channels, h w space of the group.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.precision import at_least_float32
-from . import bottleneck as inference
 from .cells import Cell, Op
 from .convolutions import Conv2d
 from .flows import FlowCell
-from .folding import IN_CPP, composed
-from .latents import Draw, Normal, Score, score, sum_with_each
+from .latents import Draw, Normal, score, sum_with_each
 
 
 class Tower(NamedTuple):
@@ -58,10 +55,6 @@ class LatentGroup(nn.Module):
         if not first:
             self.merge = Conv2d(decoder.channels, encoder.channels)
             self.prior = Conv2d(decoder.channels, 2 * latent_channels)
-        self.merged: Conv2d | None = None
-        """For inference, what `posterior` makes of `merge`: one convolution of the decoder state."""
-        self.normal: Callable[..., Normal] = Normal.from_sum
-        self.score: Callable[..., Score] = score
 
     def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
         """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3).
@@ -69,14 +62,14 @@ class LatentGroup(nn.Module):
         state (K·B, C, h, w), tap (B, …, h, w) from `seen`, noise and given (K·B, L, h, w); K any number.
         """
         prior_raw = self.prior_raw(state)
-        p = self.normal([prior_raw])
-        q = self.normal(self.posterior_raws(tap, state, prior_raw))
+        p = Normal.from_sum([prior_raw])
+        q = Normal.from_sum(self.posterior_raws(tap, state, prior_raw))
         if given is not None:
             z, drawn = given, self.before_flow(given)
         else:
             drawn = q.draw(noise)
             z = self.through_flow(drawn)
-        scored = self.score(q, p, drawn, z, closed=len(self.flow) == 0)
+        scored = score(q, p, drawn, z, closed=len(self.flow) == 0)
         return Draw(self.entered(state, z), z, scored, q, p)
 
     def prior_raw(self, state: Tensor) -> Tensor:
@@ -88,20 +81,14 @@ class LatentGroup(nn.Module):
 
     def seen(self, features: Tensor) -> Tensor:
         """What the posterior takes of the encoder's features (B, C, h, w): computed once, however many the draws."""
-        if self.merged is None:
-            return features
-        assert self.merge.bias is not None
-        return cast(Tensor, self.posterior(features + self.merge.bias[:, None, None]))
+        return features
 
     def posterior_raws(self, tap: Tensor, state: Tensor, prior_raw: Tensor) -> list[Tensor]:
         """What raw parameters (K·B, 2L, h, w) of the posterior are the sum of; residual ones add to the prior's."""
         if self.is_first:
             return [prior_raw, self.posterior(tap)]
-        if self.merged is None:
-            raws = [self.posterior(sum_with_each(self.merge(state), tap))]
-        else:
-            raws = [self.merged(state), tap]
-        return [prior_raw, *raws] if self.residual_posterior else raws
+        raw = self.posterior(sum_with_each(self.merge(state), tap))
+        return [prior_raw, raw] if self.residual_posterior else [raw]
 
     def through_flow(self, z: Tensor) -> Tensor:
         """The posterior draw after its flow cells."""
@@ -120,19 +107,4 @@ class LatentGroup(nn.Module):
         z = z.to(state.dtype)
         if self.is_vanilla:
             return cast(Tensor, self.combine(z))
-        if isinstance(self.combine, inference.Convolution):
-            return cast(Tensor, self.combine(state, other=z))
         return cast(Tensor, self.combine(torch.cat([state, z], dim=1)))
-
-    # ------------------------------------------------------------------------------------------------ for inference
-
-    def fold(self) -> None:
-        """For inference: P(tap + M(state)) as P(tap + M's bias), once an image, plus one convolution of the state."""
-        if not self.is_first:
-            self.merged = composed(self.posterior, self.merge)
-        self.normal, self.score = inference.normal, inference.score
-
-    @property
-    def worth_compiling(self) -> bool:
-        """False where a part of it runs in C++ already."""
-        return not any(isinstance(module, IN_CPP) for module in self.modules())

@@ -4,14 +4,14 @@ Everything here is computed in at least float32. Shapes: B batch, L latent chann
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.precision import at_least_float32
+from ..kernels.operations import operation
 
 
 def soft_clamp(u: Tensor) -> Tensor:
@@ -19,8 +19,7 @@ def soft_clamp(u: Tensor) -> Tensor:
     return 5 * torch.tanh(u / 5)
 
 
-@dataclass(frozen=True)
-class Normal:
+class Normal(NamedTuple):
     """Independent Normals; mean and sigma are (B, L, h, w)."""
 
     mean: Tensor
@@ -35,10 +34,7 @@ class Normal:
     @staticmethod
     def from_sum(raws: Sequence[Tensor], temperature: float = 1.0) -> "Normal":
         """From raw parameters (B, 2L, h, w) that are summed; those of fewer images count again for the next ones."""
-        total, *others = map(at_least_float32, raws)
-        for raw in others:
-            total = sum_with_each(total, raw)
-        return Normal.from_raw(total, temperature)
+        return Normal(*bounded_normal(tuple(raws), temperature))
 
     @staticmethod
     def from_log_sigma(raw: Tensor, temperature: float = 1.0) -> "Normal":
@@ -81,9 +77,24 @@ def score(q: Normal, p: Normal, drawn: Tensor, z: Tensor, *, closed: bool) -> Sc
 
     KL is in `closed` form, where there is no flow, or else log q − log p at the draw.
     """
+    return Score(*score_terms(q, p, drawn, z, closed))
+
+
+def _draws(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    means, sigmas = (torch.randn(4, 2, 3, 4, 5, generator=generator).to(device, wide) for _ in range(2))
+    q, p = (Normal(mean, sigma.abs() + 0.1) for mean, sigma in zip(means[:2], sigmas[:2], strict=True))
+    for closed in (True, False):
+        yield q, p, means[2], means[3], closed
+
+
+@operation(_draws)
+def score_terms(q: Normal, p: Normal, drawn: Tensor, z: Tensor, closed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms of `score`: KL (B, L), log q and log p (B,), in nats."""
     log_q, log_p = q.log_prob(drawn), p.log_prob(z)
     divergence = kl_divergence(q, p) if closed else log_q - log_p
-    return Score(divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3)))
+    return divergence.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3))
 
 
 class Draw(NamedTuple):
@@ -104,3 +115,19 @@ def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
     if len(x) == len(y):
         return x + y
     return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)
+
+
+def _raws(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (3 * torch.randn(4, 6, 4, 5, generator=generator).to(device, dtype) for _ in range(2))
+    yield (first,), 1.0
+    yield (first, second, second[:2]), 0.7
+
+
+@operation(_raws)
+def bounded_normal(raws: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, Tensor]:
+    """Mean and sigma of `Normal.from_sum`, float32 or more."""
+    total, *others = map(at_least_float32, raws)
+    for raw in others:
+        total = sum_with_each(total, raw)
+    return Normal.from_raw(total, temperature)

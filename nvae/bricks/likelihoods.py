@@ -5,8 +5,9 @@ All are computed in at least float32. Shapes: B batch, C image channels, H W spa
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from ..core.config import Config
 from ..core.precision import at_least_float32
-from ..kernels.cpu import mixture
-from ..kernels.fusion import fused
+from ..kernels.operations import operation
 from .latents import Normal
 from .recomputation import recomputed
 
@@ -47,6 +47,16 @@ class LikelihoodConfig(Config):
         if self.kind == "bernoulli" and self.bits != 8:
             raise ValueError("bits: a Bernoulli likelihood takes binary images, leave bits at 8")
         return self
+
+    @property
+    def levels(self) -> int:
+        """V: levels count from 0 to 2^b − 1."""
+        return int(2**self.bits - 1)
+
+    @property
+    def highest(self) -> float:
+        """The highest level on the [−1, 1] scale, where the lowest is −1."""
+        return 2 * highest_level(self.bits, self.grid) - 1
 
     @property
     def sums_to_one(self) -> bool:
@@ -203,25 +213,18 @@ class LogisticMixture(Likelihood):
         return torch.stack([mean_r, mean_g + c0 * red, mean_b + c1 * red + c2 * green], dim=1)
 
     def _log_prob(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self.log_prob_of_pixels(x)
-        config = self.config
-        if config.edge == "right" and mixture.takes(self.params):
-            levels, highest = 2**config.bits - 1, 2 * highest_level(config.bits, config.grid) - 1
-            return mixture.log_prob(self.params, x, config.components, levels, highest)
-        return _log_prob_in_a_pass(self.params, x, self.config, self.channels)
+        return mixture_log_prob(self.params, x, self.config, self.channels)
 
     def log_prob_of_pixels(self, x: Tensor) -> Tensor:
         """Nats per pixel (B, 1, H, W) of quantised images (B, C, H, W) in [0, 1]."""
         x = (2 * x - 1).unsqueeze(2)  # (B, C, 1, H, W)
         means = self._shifted_means(x)
-        levels = 2**self.config.bits - 1
+        levels = self.config.levels
         if self.config.edge == "published":
             above = PUBLISHED_HIGHEST_ABOVE[self.config.grid]
             per_colour = published_logistic_log_prob(x, x - means, self.log_scales, levels, above)
         else:
-            highest = 2 * highest_level(self.config.bits, self.config.grid) - 1
-            per_colour = logistic_log_prob(x, means, self.log_scales, levels, highest)
+            per_colour = logistic_log_prob(x, means, self.log_scales, levels, self.config.highest)
         return torch.logsumexp(per_colour.sum(1) + F.log_softmax(self.logits, dim=1), dim=1, keepdim=True)
 
     def mean(self) -> Tensor:
@@ -263,9 +266,20 @@ class LogisticMixture(Likelihood):
         return torch.stack([red, green, blue], dim=1) / 2 + 0.5
 
 
-@fused(dynamic=False, least=2**19)  # its kernel takes seconds to make
-def _log_prob_in_a_pass(params: Tensor, x: Tensor, config: LikelihoodConfig, channels: int) -> Tensor:
-    """`log_prob_of_pixels` where nobody asks for gradients: not one of its (B, C, M, H, W) tensors is ever written."""
+def _mixtures(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    for channels, bits in ((3, 8), (1, 5)):
+        config = LikelihoodConfig(components=3, bits=bits)
+        shape = (2, LogisticMixture.params_per_pixel(config, channels), 4, 5)
+        params = torch.randn(shape, generator=generator).to(device, wide)
+        x = torch.randint(2**bits, (2, channels, 4, 5), generator=generator) / (2**bits - 1)
+        yield params, x.to(device, wide), config, channels
+
+
+@operation(_mixtures)
+def mixture_log_prob(params: Tensor, x: Tensor, config: LikelihoodConfig, channels: int) -> Tensor:
+    """Nats per pixel (B, 1, H, W) of quantised images (B, C, H, W) in [0, 1] under a `LogisticMixture`."""
     return LogisticMixture(params, config, channels).log_prob_of_pixels(x)
 
 

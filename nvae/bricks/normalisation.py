@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.distributed import all_mean, world_size
+from ..core.precision import at_least_float32
 from ..kernels.activations import ACTIVATIONS, Activation
 from ..kernels.batch_norm import Norm, Statistics
 from ..kernels.convolution import Geometry
@@ -40,7 +41,7 @@ def batch_norm(x: Tensor, norm: Norm) -> tuple[Tensor, Statistics]:
     else:
         y, mean, scale = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
         var = scale.pow(-2) - norm.eps
-    return ACTIVATIONS[norm.activation](y), torch.stack([mean, var]).detach()
+    return ACTIVATIONS[norm.activation](y), at_least_float32(torch.stack([mean, var]).detach())
 
 
 def _fixed_norms(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..core.errors import UserError
-from ..core.files import atomic_file
-from .format import is_ours, save_checkpoint
+from .format import is_ours, save_checkpoint, write_checkpoint
 from .loading import (
     PUBLISHED_FORMATS,
     PublishedFormat,
@@ -60,6 +57,5 @@ def _to_published(source: Path, content: dict[str, Any], target: Path, dataset: 
     if form is None:
         raise UserError(f"{source}: no published format holds models of {type(model).__name__}")
     published = form.content_of(model, content.get("published") or {}, dataset)
-    with atomic_file(target) as file:
-        torch.save(published, file)
+    write_checkpoint(target, published)
     return f"{target}: a published checkpoint, from ours"

@@ -14,6 +14,7 @@ from ..models.base import Family, ModelConfig
 from ..models.nvae import published
 from ..models.registry import build, family
 from ..models.vdvae import published as published_vdvae
+from ..models.vqvae import published as published_vqvae
 from .format import VERSION, is_ours, read_safely
 
 Weights = Literal["ema", "raw"]
@@ -56,7 +57,7 @@ class PublishedFormat(Protocol):
         """The published checkpoint of a model; `dataset` names its set, where that code does. Raises UserError."""
 
 
-PUBLISHED_FORMATS: tuple[PublishedFormat, ...] = (published, published_vdvae)
+PUBLISHED_FORMATS: tuple[PublishedFormat, ...] = (published, published_vdvae, published_vqvae)
 
 
 def load_model(

@@ -106,7 +106,7 @@ def speed(args: argparse.Namespace, what: str) -> Table:
         actions = {str(way): WORK[what](workload, model, way) for way in ways}
         times = in_turns(actions, args.rounds, workload.device)
         found: Figures = {name: times.summary(name, str(ways[0])) for name in actions}
-        gflop = training_gflop(workload.config, batch) if peaks else 0.0
+        gflop = training_gflop(model, workload.images) if peaks else 0.0
         for way in ways if peaks else []:
             rate = gflop / times.median(str(way))
             found[str(way)] |= {"gflop": gflop, "share_of_peak": rate / peaks[way.precision]}

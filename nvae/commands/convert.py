@@ -1,6 +1,6 @@
 """Convert a checkpoint of a published code to ours, or ours to theirs.
 
-    %(prog)s IN OUT [--config YAML] [--dataset NAME]
+    %(prog)s IN OUT [--config YAML] [--dataset NAME] [--overwrite]
 
 The direction follows from what IN is. `--config` is the recipe of a published Very Deep VAE, which carries no
 hyper-parameters. `--dataset` names the set in a published NVAE, where image size and channels do not tell.
@@ -26,6 +26,7 @@ def run() -> int:
     parser.add_argument("target", type=Path, metavar="OUT", help="the file to write")
     parser.add_argument("--config", type=Path, metavar="YAML", help="recipe of a checkpoint that carries none")
     parser.add_argument("--dataset", help="published name of the set, such as cifar10 or celeba_256")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     args = parser.parse_args()
-    print(convert(args.source, args.target, config=args.config, dataset=args.dataset))
+    print(convert(args.source, args.target, config=args.config, dataset=args.dataset, overwrite=args.overwrite))
     return 0

@@ -2,7 +2,7 @@
 
     %(prog)s SOURCE OUT [field=value ...] [--config CONFIG.yaml] [--fatal]
     %(prog)s OUT --verify
-    %(prog)s SOURCE --describe
+    %(prog)s SOURCE --describe [SHEET.png]
 
 SOURCE is a folder of images, a zip of them, an array, an LMDB, the folder of a set's download, or the name of a set.
 OUT is what `data.path` then is. Fields are those of a config's data section: name=celeba_64 size=64. Run again after
@@ -27,21 +27,19 @@ def run() -> int:
     """What was asked for on the command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("rest", nargs="*", metavar="OUT, field=value")
+    parser.add_argument("rest", nargs="*", metavar="OUT, field=value, SHEET.png")
     parser.add_argument("--config", type=Path, help="a recipe whose data section says name, size, crop, …")
     parser.add_argument("--processes", type=int, help="how many work (default: one a processor)")
     parser.add_argument("--fatal", action="store_true", help="stop at the first bad image instead of leaving it out")
     parser.add_argument("--verify", action="store_true", help="read every image of the store again")
     parser.add_argument(
         "--describe",
-        nargs="?",
-        type=Path,
-        const=Path("contact_sheet.png"),
-        metavar="SHEET.png",
+        action="store_true",
         help="print counts and bits/dim of trivial models, write a contact sheet (default: contact_sheet.png)",
     )
     args = parser.parse_intermixed_args()
-    outs = [word for word in args.rest if "=" not in word]
+    sheets = [word for word in args.rest if args.describe and word.endswith(".png")]
+    outs = [word for word in args.rest if "=" not in word and word not in sheets]
     if len(outs) > 1 or not (outs or args.verify or args.describe):
         parser.error(f"one OUT, --verify or --describe is needed, found {' '.join(outs) or 'none'}")
     fields = [word for word in args.rest if "=" in word]
@@ -58,6 +56,7 @@ def run() -> int:
         if damaged:
             return 1
     if args.describe:
-        print("\n".join(describe(config.model_copy(update={"path": store}), args.describe).lines()))
-        print(f"wrote {args.describe}")
+        sheet = Path(sheets[0] if sheets else "contact_sheet.png")
+        print("\n".join(describe(config.model_copy(update={"path": store}), sheet).lines()))
+        print(f"wrote {sheet}")
     return 0

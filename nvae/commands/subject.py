@@ -107,6 +107,7 @@ def open_subject(
     """
     precision = precision_on(device, precision, "--precision")
     allow_tf32(precision)
+    torch.backends.cudnn.benchmark = True  # shapes do not change
     recipe: AnyRunConfig | None = None if config is None else read_run_config(config, [])
     model, held, file, written = load_checkpoint(path, recipe.model if recipe else None, mixture_edge, weights)
     if recipe is not None:

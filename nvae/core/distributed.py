@@ -55,6 +55,7 @@ def start(device_type: str, timeout_minutes: float) -> torch.device:
                 "--nproc-per-node is at most their number"
             )
         torch.cuda.set_device(device)
+        require_served(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
@@ -62,6 +63,23 @@ def start(device_type: str, timeout_minutes: float) -> torch.device:
             device_id=device if device.type == "cuda" else None,
         )
     return device
+
+
+def require_served(name: str, capability: tuple[int, int]) -> None:
+    """Raises UserError, with what to install, where this build of PyTorch has no code for a GPU of that capability.
+
+    Code for one architecture runs on later ones of the same major number; intermediate code (`compute_…`) on all later.
+    """
+    major, minor = capability
+    for architecture in torch.cuda.get_arch_list():
+        kind, _, digits = architecture.partition("_")
+        number = int("".join(filter(str.isdigit, digits)))
+        if number <= 10 * major + minor and (kind == "compute" or number // 10 == major):
+            return
+    raise UserError(
+        f"{name} (compute capability {major}.{minor}): this build of PyTorch ({torch.__version__}) has no code for it; "
+        'install one that has: pip install "torch<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126'
+    )
 
 
 def stop() -> None:

@@ -21,3 +21,12 @@ def peak_mib(device: torch.device) -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+ALLOCATION_FAILED = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What libraries say that allocate for themselves."""
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory was too small, in PyTorch's own words or in those of a library that it calls."""
+    return isinstance(error, torch.OutOfMemoryError) or any(reason in str(error) for reason in ALLOCATION_FAILED)

@@ -18,6 +18,8 @@ def precision_on(device: torch.device, wanted: Precision, field: str = "train.pr
     on_gpu = device.type == "cuda"
     if wanted == "fp16" and not on_gpu:
         raise UserError(f"{field}: fp16 needs a CUDA device; on the CPU use fp32 or bf16")
+    if wanted == "tf32" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError(f"{field}: tf32 needs a CUDA device of compute capability 8.0 (A100) or later; use fp32")
     if wanted in ("bf16", "mixed") and on_gpu:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"

@@ -164,12 +164,14 @@ class Evaluator:
                 self.rows = count // 2 * len(indices)
         channel_kl = torch.stack([draws.channel_kl for draws in found]).sum(0).cpu() / self.samples  # (B, G, L)
         weights = [draws.log_weights for draws in found if draws.log_weights is not None]
+        codes = [draws.codes for draws in found if draws.codes is not None]
         return Figures(
             indices=torch.tensor(list(indices)),
             reconstruction=torch.cat([draws.reconstruction for draws in found]).mean(0).cpu(),
             kl=channel_kl.sum(2),
             channel_kl=channel_kl.sum(0),
             bounds={k: bound.cpu() for k, bound in bounds_of(torch.cat(weights)).items()} if weights else {},
+            codes=torch.stack(codes).sum(0).cpu() if codes else None,
         )
 
     def _draw(self, features: Features, indices: Sequence[int], samples: range) -> "_Draws":
@@ -181,7 +183,13 @@ class Evaluator:
             output.reconstruction.double().reshape(k, batch),
             channel_kl.reshape(*channel_kl.shape[:2], k, batch).sum(2).permute(2, 1, 0),
             output.log_weight.double().reshape(k, batch) if has_importance_weights(self.model) else None,
+            self._counts(output.z),
         )
+
+    def _counts(self, z: Sequence[Tensor]) -> Tensor | None:
+        """How often each code was chosen, (G, K); None where latents are no codes."""
+        codes = self.model.codes
+        return torch.stack([torch.bincount(indices.flatten(), minlength=codes) for indices in z]) if codes else None
 
     def _noise(self, indices: Sequence[int], samples: range) -> list[Tensor]:
         """Standard-normal noise of each group, (k·B, L, h, w), keyed on (seed, draw, sample, image)."""
@@ -198,6 +206,7 @@ class _Draws:
     reconstruction: Tensor  # (k, B)
     channel_kl: Tensor  # (B, G, L), summed over the draws
     log_weights: Tensor | None  # (k, B)
+    codes: Tensor | None  # (G, K), summed over the draws and the batch
 
 
 def evaluate_batches(

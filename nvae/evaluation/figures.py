@@ -20,6 +20,9 @@ from ..models.base import ModelConfig
 ACTIVE = 0.1
 """A latent channel whose mean KL over the images is above this many nats is active (spec §6)."""
 
+SUMS = ("channel_kl", "codes")
+"""Figures that are summed over the images."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -35,6 +38,8 @@ class Figures:
     """(G, L) KL of each latent channel, summed over the N images."""
     bounds: dict[int, Tensor]
     """Number of importance samples -> (N,), minus the importance-weighted bound; empty where there are no weights."""
+    codes: Tensor | None = None
+    """(G, K) how often each of the K codes of discrete latents was chosen, summed over the N images."""
 
     @property
     def nelbo(self) -> Tensor:
@@ -43,7 +48,9 @@ class Figures:
 
     @property
     def active_units(self) -> Tensor:
-        """(G,) number of active latent channels of each group."""
+        """(G,) number of active latent channels of each group, of discrete latents that of the codes in use."""
+        if self.codes is not None:
+            return (self.codes > 0).sum(1)
         return (self.channel_kl / len(self.indices) > ACTIVE).sum(1)
 
     def summary(self) -> dict[str, float]:
@@ -55,6 +62,8 @@ class Figures:
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name, to be written or joined."""
         named = {name: getattr(self, name) for name in ("indices", "reconstruction", "kl", "channel_kl")}
+        if self.codes is not None:
+            named["codes"] = self.codes
         return named | {f"bound.{samples}": bound for samples, bound in self.bounds.items()}
 
     @staticmethod
@@ -69,9 +78,10 @@ class Figures:
         """The figures of all images of several disjoint parts, in the order of the split."""
         named = [part.tensors() for part in parts]
         order = torch.cat([part.indices for part in parts]).argsort()
-        together = {name: torch.cat([part[name] for part in named])[order] for name in named[0] if name != "channel_kl"}
+        sums = {name: torch.stack([part[name] for part in named]).sum(0) for name in named[0] if name in SUMS}
+        together = {name: torch.cat([part[name] for part in named])[order] for name in named[0] if name not in SUMS}
         assert bool((together["indices"].diff() > 0).all()), "an image was measured twice"
-        return Figures.from_tensors(together | {"channel_kl": torch.stack([part.channel_kl for part in parts]).sum(0)})
+        return Figures.from_tensors(together | sums)
 
 
 @dataclass(frozen=True)
@@ -117,11 +127,18 @@ class Evaluation:
             columns[f"bound_{samples}"] = [figures.bounds[samples] for figures in self.draws]
         return {name: Estimate.of(torch.stack(values)) for name, values in columns.items()}
 
+    def without_likelihood(self, dims: int) -> dict[str, Estimate]:
+        """The squared error per dimension, which is not in nats, and the rate, which is; there is no sum of them."""
+        errors = torch.stack([figures.reconstruction / dims for figures in self.draws])
+        return {"squared_error": Estimate.of(errors), "kl": self.estimates()["kl"]}
+
     def entry(self, config: ModelConfig) -> dict[str, Any]:
         """What `results.json` keeps: every estimate in nats and bits/dim, KL and active units by group."""
-        dims = dims_of(config)
+        dims, likelihood = dims_of(config), LIKELIHOODS[config.likelihood.kind]
         estimates = {}
-        for name, estimate in self.estimates().items():
+        for name, estimate in (
+            self.estimates() if likelihood.is_probability else self.without_likelihood(dims)
+        ).items():
             in_bits = {"bits_per_dim": bits_per_dim(estimate.nats, dims)}
             in_bits["bits_per_dim_standard_error"] = bits_per_dim(estimate.standard_error, dims)
             estimates[name] = {**vars(estimate), **in_bits}
@@ -133,7 +150,7 @@ class Evaluation:
             "active_units_per_group": self.draws[0].active_units.tolist(),
             "likelihood": config.likelihood.model_dump(mode="json"),
             "sums_to_one": config.likelihood.sums_to_one,
-            "is_density": LIKELIHOODS[config.likelihood.kind].is_density,
+            "is_density": likelihood.is_density,
         }
 
 

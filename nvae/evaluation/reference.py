@@ -83,6 +83,11 @@ def beside_published(entry: Mapping[str, Any]) -> tuple[Unit, list[Row]]:
     return unit, sorted([ours, *theirs], key=lambda row: row.value)
 
 
+def has_bound(entry: Mapping[str, Any]) -> bool:
+    """False where a distortion stands in the place of a likelihood."""
+    return "nelbo" in entry["estimates"]
+
+
 def best_bound(entry: Mapping[str, Any]) -> Mapping[str, float]:
     """The tightest bound of an entry: with most importance samples, or the negative ELBO for a single one."""
     estimates: Mapping[str, Mapping[str, float]] = entry["estimates"]
@@ -117,6 +122,12 @@ def reservations(entry: Mapping[str, Any]) -> list[str]:
     found = []
     if entry.get("trained_on"):
         found.append("the model was trained on most of these images: figures on them say nothing of others")
+    if not has_bound(entry):
+        return [
+            *found,
+            "a squared error is no likelihood: rate and distortion are figures of their own, without a sum and without "
+            "bits/dim of an image",
+        ]
     if entry.get("density") == "none":
         found.append("this family gives no bound on the likelihood: the figures are its reconstruction and code length")
     if entry["is_density"]:

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from .reference import beside_published, reservations, value_in
+from .reference import beside_published, has_bound, reservations, value_in
 from .results import label_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -114,22 +114,28 @@ def _results(entry: Mapping[str, Any]) -> str:
     rows = []
     for name, estimate in entry["estimates"].items():
         cells = [label_of(name)]
+        if name == "squared_error":
+            rows.append(("", [*cells, f"{estimate['nats']:.5f} ± {estimate['standard_error']:.5f}", ""]))
+            continue
         for unit, digits in (("nats", 3), ("bits/dim", 4)):
             value, error = value_in(unit, estimate)
             cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
         rows.append(("", cells))
-    caption = f"−log p(x) is at most, ± standard error over images; {about}; {of}"
+    what = "−log p(x) is at most" if has_bound(entry) else "Distortion and rate"
+    caption = f"{what}, ± standard error over images; {about}; {of}"
     return _table(caption, ("", "nats", "bits/dim"), rows) + _beside_published(entry)
 
 
 def _beside_published(entry: Mapping[str, Any]) -> str:
+    notes = "".join(f'<p class="note soft">{_text(reservation)}.</p>' for reservation in reservations(entry))
+    if not has_bound(entry):
+        return notes
     unit, rows = beside_published(entry)
     body = []
     for row in rows:
         is_ours = row.error is not None
         model = f"{row.model}, ± {row.error:.3f}" if is_ours else row.model
         body.append(("ours" if is_ours else "", [model, f"{row.value:.{3 if is_ours else 2}f}", row.note]))
-    notes = "".join(f'<p class="note soft">{_text(reservation)}.</p>' for reservation in reservations(entry))
     return _table(f"Beside published figures, {unit}", ("model", unit, ""), body) + notes
 
 

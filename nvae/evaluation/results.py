@@ -16,7 +16,7 @@ from ..core.distributed import barrier, from_rank_zero, rank
 from ..core.errors import UserError
 from ..core.files import atomic_file, lock, require_writable
 from ..models.base import Family
-from .reference import beside_published, reservations, value_in
+from .reference import beside_published, has_bound, reservations, value_in
 
 
 def fingerprint(model: Family[Any]) -> str:
@@ -105,7 +105,12 @@ def table(entry: Mapping[str, Any]) -> str:
     return "\n".join([*_estimates(entry), "", *_groups(entry), "", *_published(entry)])
 
 
-LABELS = {"nelbo": "negative ELBO", "reconstruction": "  reconstruction", "kl": "  KL"}
+LABELS = {
+    "nelbo": "negative ELBO",
+    "reconstruction": "  reconstruction",
+    "kl": "  KL",
+    "squared_error": "squared error, [−1, 1]",
+}
 
 
 def label_of(name: str) -> str:
@@ -115,11 +120,15 @@ def label_of(name: str) -> str:
 
 def _estimates(entry: Mapping[str, Any]) -> list[str]:
     draws = f", mean of {entry['draws']} test draws" if entry["draws"] > 1 else ""
+    header = "−log p(x) is at most" if has_bound(entry) else "no bound on log p(x)"
     lines = [
         f"{entry['data']} {entry['split']}, {entry['images']} images{draws}, {entry['weights']} weights",
-        f"{'−log p(x) is at most':<22}{'nats':>12}{'± s.e.':>10}{'bits/dim':>11}{'± s.e.':>9}",
+        f"{header:<22}{'nats':>12}{'± s.e.':>10}{'bits/dim':>11}{'± s.e.':>9}",
     ]
     for name, estimate in entry["estimates"].items():
+        if name == "squared_error":
+            lines.append(f"{label_of(name):<22}{estimate['nats']:>12.5f}{estimate['standard_error']:>10.5f}")
+            continue
         nats, error = value_in("nats", estimate)
         bits, bits_error = value_in("bits/dim", estimate)
         over_draws = estimate["draws_standard_error"]
@@ -136,6 +145,8 @@ def _groups(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _published(entry: Mapping[str, Any]) -> list[str]:
+    if not has_bound(entry):
+        return [f"note: {reservation}" for reservation in reservations(entry)]
     unit, rows = beside_published(entry)
     digits = 2 if unit == "nats" else 3
     lines = [f"{unit}, beside published figures"]

@@ -45,7 +45,7 @@ def _elu(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _elu_elu(u: Tensor) -> tuple[Tensor, Tensor]:
     inner_slope = u.clamp(max=0).exp()
-    below = _expm1(inner_slope - 1)  # at inputs from −1 to 0
+    below = expm1(inner_slope - 1)  # at inputs from −1 to 0
     return u.clamp(min=0) + below, (below + 1) * inner_slope
 
 
@@ -55,7 +55,7 @@ EXPM1_QUOTIENT: tuple[float, ...] = tuple(
 """(eᵛ − 1)/v on [−1, 0] as a polynomial in v, lowest power first; it errs by less than 1e-8."""
 
 
-def _expm1(v: Tensor) -> Tensor:
+def expm1(v: Tensor) -> Tensor:
     """eᵛ − 1 for v in [−1, 0]: a polynomial takes a third of the time of an exponential of an exponential."""
     if v.dtype == torch.float64:
         return torch.expm1(v)

@@ -27,6 +27,8 @@ Call = tuple[Any, ...]
 
 WORTH_COMPILING = 2**14
 """Tensors with fewer elements than this run uncompiled: a kernel's gain, below 0.05 ms, would not pay for making it."""
+WORTH_SECONDS = 2**19
+"""From so many elements on, seconds that a kernel takes to be made pay."""
 KINDS_OF_CALLS = 256
 """How many kinds of calls (sizes, types, modes) one function may be compiled for; one more is an error, never a silent
 return to uncompiled code."""
@@ -120,6 +122,17 @@ def fused(
         return call
 
     return decorate
+
+
+def in_one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled whole for large inputs, where nobody takes gradients; its kernel takes seconds to make."""
+    whole = fused(dynamic=False, least=WORTH_SECONDS)(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return NotImplemented if torch.is_grad_enabled() else whole(*args)
+
+    return call
 
 
 def _kind(argument: object) -> object:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """How far apart two right results may be, relative to their size (root of the sum of squares), by type."""
 
 
@@ -68,9 +68,10 @@ def _results(function: Callable[..., Any], args: Sequence[Any], differentiate: b
     None where the function does not compute this call.
     """
     leaves, structure = tree_flatten(tuple(args))
+    device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
     leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    with torch.set_grad_enabled(differentiate):
+    with torch.set_grad_enabled(differentiate), torch.autocast(device.type, enabled=False):
         for tensor in inputs:
             tensor.requires_grad_(differentiate)
         result = function(*tree_unflatten(leaves, structure))

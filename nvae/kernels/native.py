@@ -41,7 +41,7 @@ def library(source: Path) -> ctypes.CDLL | None:
         return _kept(name) or _compiled(compiler, source, name)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        warnings.warn(f"{source.name} is not used, evaluation and sampling are slower: {detail}", stacklevel=2)
+        warnings.warn(f"evaluation and sampling are slower without {source.name}: {detail}", stacklevel=2)
         return None
 
 
@@ -53,7 +53,7 @@ def made_from(source: Path) -> ctypes.CDLL:
 
 
 def structure(name: str, integers: str, floats: str, pointers: str) -> type[ctypes.Structure]:
-    """A struct of a C++ file: its int64_t, then its float, then its pointers, names between spaces."""
+    """The type of a C++ struct of int64_t, then float, then pointers; each list of names is separated by spaces."""
     kinds = ((integers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
@@ -65,7 +65,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:
-    """Of their first numbers, for the pointers of a struct; null where there is none."""
+    """Data pointers of tensors, None where absent."""
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 

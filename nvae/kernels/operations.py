@@ -42,6 +42,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "cpu": ("gated_sum:batch_norm_gated_sum",),
         "cuda": ("gated_sum:batch_norm_gated_sum",),
     },
+    "bounded_normal": {"cpu": ("cpu.latents:bounded_normal",)},
+    "score_terms": {"cpu": ("cpu.latents:score_terms",)},
+    "mixture_log_prob": {"cpu": ("mixture:log_prob", "compiled"), "cuda": ("mixture:log_prob", "compiled")},
+    "bottleneck": {"cpu": ("cpu.bottleneck:computed",)},
     "depthwise": {"cuda": ("triton.depthwise:forward",)},
     "depthwise_input_gradient": {
         "cpu": ("depthwise:turned_forward",),
@@ -49,7 +53,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "depthwise_weight_gradient": {"cpu": ("depthwise:summed_taps",), "cuda": ("triton.depthwise:weight_gradient",)},
 }
-"""Operation -> type of device -> its implementations, `module:function` in nvae/kernels, the one to ask first first."""
+"""Operation -> type of device -> its implementations, `module:function` in nvae/kernels, in the order of asking."""
+
+COMPILED = "compiled"
+"""In the table: the plain function itself, compiled into one pass where nobody takes gradients."""
 
 _mode: Mode = "auto"
 _operations: dict[str, "Operation[..., Any]"] = {}
@@ -89,6 +96,7 @@ class Operation(Generic[P, R]):
         update_wrapper(self, plain)
         self.name, self.plain, self.examples, self.differentiable = plain.__name__, plain, examples, differentiable
         self._trusted: dict[tuple[str, torch.dtype], tuple[Implementation, ...]] = {}
+        self._in_one_pass: Implementation | None = None
         _operations[self.name] = self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -103,19 +111,27 @@ class Operation(Generic[P, R]):
         """Those to ask, for a first argument."""
         if _mode == "plain":
             return ()
-        assert isinstance(x, Tensor)
+        x = _first_tensor(x)
         key = (x.device.type, computing_type(x))
         if key in self._trusted:
             return self._trusted[key]
         if torch.compiler.is_compiling() or watched(x):  # nothing can be compared here
-            return tuple(map(load, TABLE[self.name].get(key[0], ())))
+            return tuple(map(self.implementation, TABLE[self.name].get(key[0], ())))
         self._trusted[key] = self._judged(x.device, key[1])
         return self._trusted[key]
 
     def _judged(self, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
         """The implementations for a device that agree with the plain function there."""
         names = TABLE[self.name].get(device.type, ())
-        return tuple(load(name) for name in names if self._is_sound(name, device, dtype))
+        return tuple(self.implementation(name) for name in names if self._is_sound(name, device, dtype))
+
+    def implementation(self, name: str) -> Implementation:
+        """The one that an entry of the table names."""
+        if name != COMPILED:
+            return load(name)
+        if self._in_one_pass is None:
+            self._in_one_pass = load("fusion:in_one_pass")(self.plain)
+        return self._in_one_pass
 
     def _is_sound(self, implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
         def judge() -> str:
@@ -126,7 +142,7 @@ class Operation(Generic[P, R]):
     def problem_of(self, implementation: str, device: torch.device, dtype: torch.dtype) -> str:
         """What is wrong with an implementation, in one line, or nothing."""
         examples = self.examples(device, dtype)
-        return difference(self._plainly, load(implementation), examples, dtype, self.differentiable)
+        return difference(self._plainly, self.implementation(implementation), examples, dtype, self.differentiable)
 
     def _plainly(self, *args: Any) -> Any:
         with using("plain"):
@@ -143,6 +159,13 @@ def operation(examples: Examples, *, differentiable: bool = True) -> Callable[[C
         return Operation(plain, examples, differentiable)
 
     return decorate
+
+
+def _first_tensor(x: object) -> Tensor:
+    while isinstance(x, tuple):
+        x = x[0]
+    assert isinstance(x, Tensor)
+    return x
 
 
 def computing_type(x: Tensor) -> torch.dtype:
@@ -162,7 +185,7 @@ def settle(device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
         for dtype in dtypes:
             found = gather_objects([name for name in names if operation._is_sound(name, device, dtype)])
             everywhere = [name for name in names if all(name in sound for sound in found)]
-            operation._trusted[device.type, dtype] = tuple(map(load, everywhere))
+            operation._trusted[device.type, dtype] = tuple(map(operation.implementation, everywhere))
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ..bricks.inference import for_inference
 from ..bricks.latents import Draw, Normal
 from ..bricks.likelihoods import Likelihood, LikelihoodConfig
 from ..core.config import Config
@@ -220,6 +221,8 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     """The family's own config."""
     latent_kind: ClassVar[LatentKind] = "normal"
     """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
+    codes: int = 0
+    """How many values a discrete latent may have; 0 where they are Normal, or where that is nobody's business."""
     density: Density = "bound"
     """Whether log p(x) is computed exactly, bounded (importance weights exist), bounded by one point of the latents
     (all draws are the same), or not available."""
@@ -314,9 +317,9 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     def for_inference(self) -> "Family[ConfigT]":
         """A model for evaluation and sampling with the weights of now, in eval mode: same numbers, less work.
 
-        This one stays as it is, unless the family has no faster form: then it is the answer itself.
+        This one stays as it is, unless none of its bricks has a faster form: then it is the answer itself.
         """
-        return self.eval()
+        return for_inference(self)
 
     # ------------------------------------------------------------------------------------------------- what they take
 

@@ -47,11 +47,13 @@ def encode(model: Family[Any], images: Tensor, *, seed: int = 0) -> Code:
 
     Raises UserError for other images, as for 0 … 255, and for a family whose latents are not Normal.
     """
+    if model.latent_kind != "normal":
+        raise UserError(
+            f"{type(model).__name__}: its latents are not Normal but {model.latent_kind}: without μ, σ and ε"
+        )
     require_images(images, model.config.image_channels, model.config.image_size)
     noise = keyed_normal(model.latent_shapes(len(images)), range(len(images)), seed, "encode", images.device)
     output = model.decode(model.encode(images), noise=noise)
-    if not output.prior:
-        raise UserError(f"{type(model).__name__}: its latents are not Normal, they have no μ, σ and ε")
     return Code(output.z, output.posterior, output.prior)
 
 

@@ -7,7 +7,7 @@ samples/, results.json. All ranks must see it: several machines need a file syst
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class RunFolder:
                 return
         except (OSError, ValueError, KeyError):
             pass
-        with atomic_file(self.path / "outcome.json") as file:
+        with suppress(OSError), atomic_file(self.path / "outcome.json") as file:  # a full disk may be what failed
             file.write(self._outcome("failed", f"rank {rank()}: {message}").encode())
 
     def _is_a_run(self) -> bool:
@@ -156,11 +156,12 @@ class RunFolder:
             self._point_latest_to(files[-1])
 
     def _point_latest_to(self, file: Path) -> None:
-        """A symbolic link, replaced as a whole."""
+        """A symbolic link, replaced as a whole; for people only, so that a file system without links does without."""
         temporary = self.checkpoints / ".latest.new"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(file.name)
-        temporary.replace(self.checkpoints / "latest")
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(file.name)
+            temporary.replace(self.checkpoints / "latest")
 
     def _files(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.pt"))

@@ -8,7 +8,8 @@ import torch
 
 from ..core import distributed
 from ..core.config import dump_yaml
-from ..core.errors import UserError
+from ..core.errors import UserError, line_of
+from ..core.memory import ran_out_of_memory
 from ..core.precision import Precision, allow_tf32, precision_on
 from .config import AnyRunConfig
 from .content import IMAGES, text_of
@@ -57,11 +58,20 @@ def _failures_recorded(folder: RunFolder, config: AnyRunConfig) -> Iterator[None
     """Within, what ends a run is written down. Running out of memory becomes a UserError that says what needs less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            folder.record_failure(f"{type(error).__name__}: {error}")
+            raise
         folder.record_failure(_out_of_memory(config))
         raise UserError(_out_of_memory(config)) from error
+    except UserError as error:
+        folder.record_failure(str(error))
+        raise
+    except OSError as error:
+        folder.record_failure(line_of(error))
+        raise
     except BaseException as error:
-        folder.record_failure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        folder.record_failure(f"{type(error).__name__}: {error}")
         raise
 
 
@@ -75,4 +85,5 @@ def _out_of_memory(config: AnyRunConfig) -> str:
     return (
         f"out of memory with data.batch={data.batch}, train.recompute={recompute} and train.precision={precision}; "
         f"{' or '.join(options) or 'a smaller model'} would need less, and the run goes on from its last checkpoint"
+        + ("; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True wastes less of it" if torch.cuda.is_available() else "")
     )

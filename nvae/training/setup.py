@@ -119,7 +119,7 @@ def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> 
         model,
         build_optimiser(model.parameters(), config.optim),
         SkipRule(config.optim),
-        Averaged(model, config.optim.ema) if config.optim.ema is not None else None,
+        Averaged(model, config.optim.ema, model.copied()) if config.optim.ema is not None else None,
         torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=precision == "fp16"),
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.distributed import rank
+from ..core.files import naming
 
 
 class Tracker:
@@ -49,8 +50,9 @@ class Tracker:
     def flush(self) -> None:
         """Hands everything to the operating system."""
         if self.active:
-            self.board.flush()
-            self.log.flush()
+            with naming(self.folder):
+                self.board.flush()
+                self.log.flush()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -63,10 +65,11 @@ class Tracker:
         if not self.active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.log.write(json.dumps({"step": step, **finite}).encode() + b"\n")
-        self.log.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        with naming(self.folder):
+            self.log.write(json.dumps({"step": step, **finite}).encode() + b"\n")
+            self.log.flush()
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
         beside = {name: f"{values[name]:.4g}" for name in shown if name in values}
         if beside and self.bar.disable:
             words = [f"{name} {value}" for name, value in beside.items()]
@@ -105,8 +108,9 @@ class Tracker:
         """Writes out everything and closes the files."""
         if self.active:
             self.bar.close()
-            self.log.close()
-            self.board.close()
+            with naming(self.folder):
+                self.log.close()
+                self.board.close()
 
     def __enter__(self) -> Self:
         if self.active:

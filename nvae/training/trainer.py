@@ -330,8 +330,9 @@ class Trainer:
                 bounds = self.watcher.bounds(self.model)
             results |= {f"{'validation_ema' if averaged else 'validation'}/{name}": v for name, v in bounds.items()}
         self.tracker.scalars(state.step, results)
-        if bounds["bound"] < state.best:
-            state.best = bounds["bound"]
+        criterion = bounds["bound"] if "bound" in bounds else bounds["criterion"]
+        if criterion < state.best:
+            state.best = criterion
             self.folder.save_best(self._content())
         if state.step == self.total_steps:
             self.tracker.hyperparameters(flat(self.resolved_config), {f"final/{k}": v for k, v in bounds.items()})

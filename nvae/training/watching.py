@@ -24,18 +24,20 @@ from ..sampling.images import TEMPERATURES
 
 
 def quotes_bits(config: ModelConfig) -> bool:
-    """True where bits/dim are the usual unit: neither binary images, quoted in nats, nor a density (spec §4)."""
-    return config.likelihood.kind != "bernoulli" and not LIKELIHOODS[config.likelihood.kind].is_density
+    """True where bits/dim are the usual unit: probabilities of levels, but not of binary images' (spec §4)."""
+    likelihood = LIKELIHOODS[config.likelihood.kind]
+    return config.likelihood.kind != "bernoulli" and likelihood.is_probability and not likelihood.is_density
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
 
 
 def group_metrics(output: Output) -> Metrics:
-    """Mean KL of each group (G,) and of each latent channel (G, L), in nats."""
+    """Mean KL of each group (G,) and, of Normal latents, of each latent channel (G, L), in nats."""
     with torch.no_grad():
         channel_kl = pad_sequence([kl.float().mean(0) for kl in output.channel_kl], batch_first=True)
-        return {"kl_group": channel_kl.sum(1), "channel_kl": channel_kl}
+        of_groups = {"kl_group": channel_kl.sum(1)}
+        return of_groups | {"channel_kl": channel_kl} if all(z.is_floating_point() for z in output.z) else of_groups
 
 
 def numbers_of(metrics: Metrics, config: ModelConfig, device: torch.device) -> dict[str, float]:
@@ -70,7 +72,10 @@ class Watcher:
         self.importance_samples = importance_samples
 
     def bounds(self, model: Family[Any]) -> dict[str, float]:
-        """Means over all images and ranks, in nats; `bound` is the tightest, to be minimised."""
+        """Means over all images and ranks, in nats; `bound` is the tightest, to be minimised.
+
+        Without a likelihood there is a `criterion` in its place, the sum of distortion and rate, and no bound.
+        """
         batches = evaluation_batches(
             self.images,
             self.data,
@@ -84,6 +89,11 @@ class Watcher:
             model.for_inference(), batches, importance_samples=self.importance_samples, seed=self.seed
         )
         means = found.summary()
+        if found.codes is not None:
+            means |= {f"codes_in_use/{level:02d}": float(n) for level, n in enumerate(found.active_units)}
+        if not LIKELIHOODS[model.config.likelihood.kind].is_probability:
+            means["squared_error"] = means.pop("reconstruction") / dims_of(model.config)
+            return means | {"criterion": means.pop("nelbo")}
         tightest = max(found.bounds, default=None)
         means["bound"] = means["nelbo" if tightest is None else f"bound_{tightest}"]
         if quotes_bits(model.config):

@@ -12,8 +12,9 @@ from nvae.benchmark.memory import LiveBytes, saved_bytes, step_memory
 from nvae.checkpoints.loading import config_from
 from nvae.core.config import validate
 from nvae.models.base import Recomputation
-from nvae.models.nvae.model import NVAEConfig
-from nvae.models.vdvae.model import VDVAE, VDVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.vdvae.config import VDVAEConfig
+from nvae.models.vdvae.model import VDVAE
 
 MODEL = validate(
     VDVAEConfig,

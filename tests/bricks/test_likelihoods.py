@@ -17,6 +17,7 @@ from nvae.bricks.likelihoods import (
     LikelihoodConfig,
     LogisticMixture,
     NormalLikelihood,
+    SquaredError,
     highest_level,
     logistic_log_prob,
     quantise,
@@ -246,6 +247,16 @@ def test_normal_is_that_of_torch_on_the_scale_from_minus_one_to_one() -> None:
 
 def test_only_the_normal_is_a_density() -> None:
     assert [kind.is_density for kind in (Bernoulli, LogisticMixture, NormalLikelihood)] == [False, False, True]
+
+
+def test_a_squared_error_is_no_probability_and_its_distortion_the_sum_over_pixels_from_minus_one_to_one() -> None:
+    assert [name for name, kind in LIKELIHOODS.items() if not kind.is_probability] == ["squared_error"]
+    x, decoded = torch.rand(2, 3, 6, 6), torch.rand(2, 3, 6, 6)
+    likelihood = SquaredError(2 * decoded - 1, config(kind="squared_error", border=1), 3)
+    expected = 4 * (x - decoded)[:, :, 1:5, 1:5].square().sum((1, 2, 3))
+    torch.testing.assert_close(-likelihood.log_prob(x), expected)
+    torch.testing.assert_close(likelihood.mean(), decoded)
+    assert torch.equal(likelihood.sample(), likelihood.mean())
 
 
 def test_mean_of_the_rgb_mixture_is_that_of_the_spec() -> None:

@@ -40,6 +40,32 @@ def test_a_converted_checkpoint_loads_to_the_same_model_and_keeps_the_published_
         assert torch.equal(tensor, converted.state_dict()[name]), name
 
 
+def test_a_conversion_never_writes_over_what_it_reads(tmp_path: Path) -> None:
+    file = tmp_path / "a.pt"
+    file.write_bytes((PARITY / "cifar10_flow" / "checkpoint.pt").read_bytes())
+    (tmp_path / "link.pt").symlink_to(file)
+    before = file.read_bytes()
+    for target in (file, tmp_path / "link.pt"):
+        with pytest.raises(UserError, match="is what is to be converted; name another file"):
+            convert(file, target, overwrite=True)
+    assert file.read_bytes() == before
+
+
+def test_a_conversion_writes_over_another_file_only_if_told_to(tmp_path: Path) -> None:
+    source, target = PARITY / "cifar10_flow" / "checkpoint.pt", tmp_path / "ours.pt"
+    target.write_bytes(b"dear")
+    with pytest.raises(UserError, match=r"ours\.pt: exists already; name another file, or --overwrite it"):
+        convert(source, target)
+    assert target.read_bytes() == b"dear"
+    convert(source, target, overwrite=True)
+    nvae.load_model(target)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        convert(PARITY / "cifar10_flow" / "checkpoint.pt", tmp_path, overwrite=True)
+
+
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="neither"):

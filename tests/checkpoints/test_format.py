@@ -5,7 +5,8 @@ import os
 import pickle
 import stat
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from nvae.checkpoints.format import FORMAT, VERSION, is_ours, read_safely, save_checkpoint
 from nvae.core.errors import UserError
-from nvae.core.files import atomic_file
+from nvae.core.files import atomic_file, naming
 
 CONTENT: dict[str, Any] = {
     "model": OrderedDict(weight=torch.arange(6.0).reshape(2, 3), half=torch.ones(3).bfloat16()),
@@ -188,6 +189,60 @@ def test_a_truncated_checkpoint_says_so(tmp_path: Path, kept: float, zipped: boo
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)])
     assert complaint(tmp_path / "a.pt") == "damaged or truncated, or not a checkpoint"
+
+
+def same(a: Any, b: Any) -> bool:
+    """The same values and tensors, whatever the bits of the file."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else bool(a == b)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_flipped_bit_is_told_wherever_it_changes_anything(tmp_path: Path) -> None:
+    file = tmp_path / "a.pt"
+    save_checkpoint(file, {"model": {"weight": torch.arange(6.0), "bias": torch.ones(3)}, "step": 7})
+    whole, before = file.read_bytes(), read_safely(file)
+    told = 0
+    for place in range(0, len(whole), 5):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert same(read_safely(file), before), f"byte {place} of {len(whole)}"
+        except UserError:
+            told += 1
+    assert told > 0.4 * len(whole) / 5  # the rest is padding and unused fields of the archive
+
+
+def test_flipped_weights_are_told_by_the_name_of_their_part(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", {"model": {"weight": torch.full((1000,), 3.0)}})
+    whole = bytearray((tmp_path / "a.pt").read_bytes())
+    whole[whole.index(np.full(1000, 3.0, np.float32).tobytes()) + 2001] ^= 1
+    (tmp_path / "a.pt").write_bytes(whole)
+    assert complaint(tmp_path / "a.pt") == "damaged, 'archive/data/0' in it is not as it was written"
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(read_safely(tmp_path / "a.pt")["a"], torch.ones(3))
+
+
+def test_a_full_disk_is_named_by_the_file_and_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which PyTorch's writer turns into an error about positions."""
+
+    @contextmanager
+    def full(path: Path) -> Iterator[Any]:
+        with Path("/dev/full").open("wb", buffering=0) as file, naming(path):
+            yield file
+
+    monkeypatch.setattr("nvae.checkpoints.format.atomic_file", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        save_checkpoint(tmp_path / "a.pt", CONTENT)
+    assert error.value.filename == str(tmp_path / "a.pt")
 
 
 def lines(path: Path) -> None:

@@ -255,6 +255,42 @@ def test_samples_in_one_file_are_the_single_pictures(run: Path) -> None:
     assert np.mean(images[4, :, :, 0] == np.asarray(Image.open(run / "samples/t1-seed0/000004.png"))) > 0.999
 
 
+def test_a_set_of_samples_is_replaced_as_a_whole(run: Path) -> None:
+    samples = run / "samples"
+    call("sample", run, "--count", 5)
+    call("sample", run, "--count", 5, "--format", "npz")
+    assert len(list((samples / "t1-seed0").iterdir())) == 5, "of the same samples both may stay"
+    call("sample", run, "--count", 3)
+    assert sorted(file.name for file in (samples / "t1-seed0").iterdir()) == [f"{i:06d}.png" for i in range(3)]
+    assert not (samples / "t1-seed0.npz").exists()
+    about = json.loads((samples / "t1-seed0.json").read_text())
+    assert (about["checkpoint"], about["weights"], about["count"]) == ("step-000000007.pt", "ema", 3)
+    call("sample", run, "--count", 3, "--weights", "raw")
+    assert (samples / "t1-seed0-raw").is_dir() and json.loads((samples / "t1-seed0.json").read_text()) == about
+
+
+def test_results_go_where_they_are_told_to(run: Path, tmp_path: Path) -> None:
+    before = sorted(run.rglob("*"))
+    call("sample", run, "--count", 2, "--out", tmp_path / "out")
+    call("evaluate", run, "--importance-samples", 1, "--limit", 5, "--out", tmp_path / "out")
+    call("evaluate", run, "--report", "--out", tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"samples", "results.json", "report.html"}
+    assert sorted(run.rglob("*")) == before
+
+
+def test_more_neighbours_than_there_are_images_are_refused(run: Path) -> None:
+    with pytest.raises(UserError, match="--nearest: there are 1500 training images, found 1501"):
+        call("sample", run, "neighbours", "--nearest", 1501)
+
+
+def test_a_bare_checkpoint_of_a_run_knows_its_data(run: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes((run / "checkpoints/step-000000007.pt").read_bytes())
+    call("evaluate", bare, "--importance-samples", 1, "--limit", 5)
+    (entry,) = results_of(tmp_path / "bare").values()
+    assert entry["data"] == "digits"
+
+
 def test_readjusted_samples_differ_and_their_statistics_are_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nvae.commands.prior.READJUSTMENT", {"batches": 4, "batch": 8})
     call("sample", run, "--count", 4, "--temperature", "0.6", "--format", "npz")

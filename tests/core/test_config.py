@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from nvae.core.config import Config, apply_overrides, describe, dump_yaml, parse_yaml, read_yaml, validate
 from nvae.core.errors import UserError
-from nvae.models.nvae.model import NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
 
 
 class Engine(Config):

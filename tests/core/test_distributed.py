@@ -9,13 +9,14 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from nvae.bricks.cells import Cell, Regular, RegularOp, Separable
+from nvae.bricks.cells import Cell, Separable
 from nvae.bricks.convolutions import Conv2d
 from nvae.bricks.normalisation import BatchNorm, measuring
 from nvae.core import distributed
 from nvae.core.config import validate
 from nvae.core.errors import UserError
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 from nvae.models.nvae.objective import balance_weights
 
 WORLD = 2
@@ -39,6 +40,24 @@ def test_in_one_process_everything_is_the_identity() -> None:
     assert not distributed.any_rank(False, torch.device("cpu"))
     distributed.barrier()
     distributed.check_same_state(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures"),
+    [((8, 0), ["sm_75", "sm_80"]), ((8, 9), ["sm_86"]), ((12, 1), ["sm_90", "compute_120"]), ((9, 0), ["sm_90a"])],
+)
+def test_a_gpu_that_the_build_has_code_for_is_served(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architectures: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
+    distributed.require_served("a GPU", capability)
+
+
+def test_a_gpu_that_the_build_has_no_code_for_is_one_line_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"])
+    with pytest.raises(UserError, match=r'Tesla V100 \(compute capability 7\.0\).* pip install "torch<2\.15"') as told:
+        distributed.require_served("Tesla V100", (7, 0))
+    assert "\n" not in str(told.value)
 
 
 def test_one_process_starts_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,13 +129,6 @@ def measured_facts() -> Facts:
     return dict(norm.named_buffers())
 
 
-def start_facts() -> Facts:
-    torch.manual_seed(5)
-    op = RegularOp(Regular(activation="elu", batch_norm=False), 5, 4, "same")
-    op.start_from(share(norm_input()) - 300)
-    return {name: parameter.detach() for name, parameter in op.named_parameters()}
-
-
 def cell_facts() -> Facts:
     """Gradients of a recomputed cell, and how many collectives its backward pass begins."""
     torch.manual_seed(6)
@@ -159,8 +171,18 @@ def reduction_facts() -> Facts:
         "none": distributed.any_rank(False, torch.device("cpu")),
         "objects": distributed.gather_objects({"rank": rank}),
         "zero": distributed.from_rank_zero(f"from {rank}"),
+        "given": given_by_rank_zero(),
         "balance": balance_weights(torch.full((3, 2), float(rank)) * torch.tensor([1.0, 3.0]), torch.ones(2)),
     }
+
+
+def given_by_rank_zero() -> list[Tensor]:
+    """Tensors of two types, one of them with channels last, after rank 0 gave its numbers to all."""
+    tensors = [torch.arange(16.0).reshape(1, 4, 2, 2).to(memory_format=torch.channels_last), torch.tensor([True])]
+    if distributed.rank():
+        tensors = [torch.zeros_like(tensor) for tensor in tensors]
+    distributed.to_all_ranks(tensors)
+    return tensors
 
 
 def state_facts() -> Facts:
@@ -185,7 +207,6 @@ def all_facts() -> dict[str, Facts]:
         "norm": norm_facts(into_convolution=False),
         "norm into convolution": norm_facts(into_convolution=True),
         "measured": measured_facts(),
-        "start": start_facts(),
         "cell": cell_facts(),
         "model": model_facts(),
         "reductions": reduction_facts(),
@@ -224,6 +245,7 @@ def test_reductions_see_every_rank(ranks: list[dict[str, Facts]]) -> None:
         assert not facts["none"]
         assert facts["objects"] == [{"rank": 0}, {"rank": 1}]
         assert facts["zero"] == "from 0"
+        assert facts["given"][0].flatten().tolist() == list(range(16)) and facts["given"][1].tolist() == [True]
 
 
 def test_the_gradient_of_the_mean_is_that_of_the_mean_loss(ranks: list[dict[str, Facts]]) -> None:
@@ -259,14 +281,6 @@ def test_a_measuring_rank_looks_at_its_own_images(ranks: list[dict[str, Facts]])
     for rank, part in zip(ranks, norm_input().chunk(WORLD), strict=True):
         torch.testing.assert_close(rank["measured"]["running_mean"], part.mean((0, 2, 3)))
         torch.testing.assert_close(rank["measured"]["running_var"], part.transpose(0, 1).flatten(1).var(1))
-
-
-def test_the_start_from_data_is_that_of_the_joined_batch(
-    ranks: list[dict[str, Facts]], alone: dict[str, Facts]
-) -> None:
-    for rank in ranks:
-        for name, parameter in alone["start"].items():
-            torch.testing.assert_close(rank["start"][name], parameter, rtol=1e-5, atol=1e-6)
 
 
 def test_recomputed_cells_of_two_ranks_have_the_same_gradients(ranks: list[dict[str, Facts]]) -> None:

@@ -1,6 +1,7 @@
 """results.json, the table beside published figures, and what it warns of."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from nvae.bricks.likelihoods import LikelihoodConfig
 from nvae.core.errors import UserError
 from nvae.data.config import SetName
 from nvae.evaluation.reference import PUBLISHED, best_bound, published_for, reservations, unit_for
-from nvae.evaluation.results import fingerprint, key_of, read_results, record, table
+from nvae.evaluation.results import fingerprint, key_of, once, read_results, record, table
 from nvae.models.nvae.model import NVAE
 
 
@@ -23,6 +24,55 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     record(path, "a", {"value": 3})
     assert read_results(path) == {"a": {"value": 1}, "b": {"value": 2}}
     assert list(json.loads(path.read_text())) == ["a", "b"]
+
+
+def measured(folder: Path, printed: list[str]) -> dict[str, Any]:
+    """An entry, whose table is collected instead of printed."""
+    return once(folder, {"seed": 0}, lambda unfinished: {"value": 1}, lambda entry: printed.append("table") or "table")
+
+
+def test_a_question_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[Path] = []
+
+    def measure(unfinished: Path) -> dict[str, Any]:
+        unfinished.mkdir(parents=True)
+        calls.append(unfinished)
+        return {"value": len(calls)}
+
+    for _ in range(2):
+        assert once(tmp_path, {"seed": 0}, measure, lambda entry: f"value {entry['value']}") == {"seed": 0, "value": 1}
+    assert calls == [tmp_path / "evaluation" / "seed=0"] and not calls[0].exists()
+    assert capsys.readouterr().out == f"value 1\nalready in {tmp_path / 'results.json'}\nvalue 1\n"
+
+
+def test_where_there_are_no_locks_an_entry_is_added_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    measured(tmp_path, [])
+    assert list(read_results(tmp_path / "results.json")) == ["seed=0"]
+    assert "no locks here (Function not implemented)" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_before_its_entry_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    printed: list[str] = []
+    monkeypatch.setattr("nvae.evaluation.results.record", full)
+    with pytest.raises(OSError, match="No space"):
+        measured(tmp_path, printed)
+    assert printed == ["table"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file") as error:
+        once(tmp_path / "file" / "run", {"seed": 0}, lambda unfinished: pytest.fail("measured"), str)
+    assert error.value.filename is not None
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -120,6 +170,17 @@ def test_figures_of_a_published_edge_that_flatters_are_known() -> None:
     very_deep = {result.data: result.published_edge for result in PUBLISHED if result.model == "Very Deep VAE"}
     assert very_deep == {"cifar10": False, "imagenet_32": False, "imagenet_64": False, "ffhq_256": True}
     assert not any(result.published_edge for result in PUBLISHED if result.unit == "nats")
+
+
+def test_without_a_likelihood_there_is_an_error_and_a_rate_and_neither_bound_nor_rank() -> None:
+    entry = entry_of(likelihood={"kind": "squared_error"})
+    dims = 3 * 32**2
+    assert entry["estimates"].keys() == {"squared_error", "kl"}
+    assert entry["estimates"]["squared_error"]["nats"] == pytest.approx(3 * math.log(2) - 5 / dims)
+    assert entry["estimates"]["kl"]["nats"] == pytest.approx(5)
+    text = table(entry)
+    assert "no bound on log p(x)" in text and "squared error is no likelihood" in text
+    assert "ELBO" not in text and "published figures" not in text
 
 
 def test_a_comparable_figure_has_no_reservation() -> None:

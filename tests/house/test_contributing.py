@@ -15,6 +15,7 @@ from tiny_run import log, tiny_run
 
 from nvae.bricks.cells import ARCHITECTURES
 from nvae.bricks.likelihoods import LIKELIHOODS, Likelihood, LikelihoodConfig
+from nvae.checkpoints.loading import load_model
 from nvae.core.errors import UserError
 from nvae.data.config import DataConfig
 from nvae.data.named import SETS
@@ -61,7 +62,7 @@ def test_the_rooms_of_the_page_are_those_of_the_tests() -> None:
 
 def test_the_cell_trains(tmp_path: Path) -> None:
     example("cell")
-    assert run.train(tiny_run("model.architecture=mbconv_e4", "data.batch=2", "train.steps=2"), tmp_path) == 0
+    assert run.train(tiny_run("model.architecture=mbconv_e4", "data.batch=2", "train.steps=2"), tmp_path) == "finished"
 
 
 @pytest.fixture
@@ -95,13 +96,13 @@ def test_the_likelihood_trains(likelihood: Any, tmp_path: Path, monkeypatch: pyt
         "data.binarize=false",
         "data.batch=2",
     ]
-    assert run.train(tiny_run(*options, "train.steps=2"), tmp_path) == 0
+    assert run.train(tiny_run(*options, "train.steps=2"), tmp_path) == "finished"
 
 
 def test_the_data_set_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SETS, "digits", example("data set").bars)
+    monkeypatch.setitem(SETS, "digits", example("data set").BARS)
     config = DataConfig(name="digits", path=tmp_path)
-    with pytest.raises(UserError, match=r"data\.path: .*bars\.npz does not exist"):
+    with pytest.raises(UserError, match=r"data\.path: .* looked for bars\.npz"):
         open_images(config, "train")
     arrays = {name: np.full((count, 8, 8), 255, np.uint8) for name, count in (("train", 3), ("test", 2))}
     np.savez(tmp_path / "bars.npz", **arrays)
@@ -112,9 +113,9 @@ def test_the_data_set_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_family_trains_and_has_bounds(tmp_path: Path) -> None:
     sys.modules["my_family"] = example("family")
     model = "model={family: 'my_family:Linear', image_size: 8, image_channels: 1, likelihood: {kind: bernoulli}}"
-    assert run.train(tiny_run(model, "train.validate_every=1"), tmp_path) == 0
+    assert run.train(tiny_run(model, "train.validate_every=1"), tmp_path) == "finished"
     losses = [line["loss"] for line in log(tmp_path / "tiny") if "loss" in line]
     assert losses[-1] < losses[0]
-    loaded = run.load_model(tmp_path / "tiny")
+    loaded = load_model(tmp_path / "tiny")
     figures = Evaluator(loaded, samples=10).measure(torch.bernoulli(torch.rand(8, 1, 8, 8)), range(8))
     assert bool((figures.bounds[10] < figures.bounds[1]).any())

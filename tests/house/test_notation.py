@@ -1,4 +1,4 @@
-"""docs/notation.md and docs/vdvae.md point at things that exist."""
+"""docs/notation.md, docs/vdvae.md and docs/vqvae.md point at things that exist."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 from places import ROOT
 
-PAGES = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("notation.md", "vdvae.md"))
+PAGES = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("notation.md", "vdvae.md", "vqvae.md"))
 REFERENCES = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGES)))
 
 

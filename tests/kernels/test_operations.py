@@ -72,7 +72,7 @@ def test_some_example_is_computed_by_an_implementation(name: str) -> None:
     known = operations._operations[name]
     for implementation in TABLE[name]["cpu"]:
         with torch.no_grad():
-            results = [load(implementation)(*args) for args in known.examples(CPU, torch.float32)]
+            results = [known.implementation(implementation)(*args) for args in known.examples(CPU, torch.float32)]
         assert any(result is not NotImplemented for result in results), implementation
 
 
@@ -136,6 +136,15 @@ def test_one_that_does_not_compute_a_call_leaves_it_to_the_plain_function(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(twice(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_the_surroundings_do_not_matter(twice: Operation[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict is on an implementation alone: no autocast of the caller rounds what it is measured by."""
+    seen = []
+    stand_in(monkeypatch, lambda x: seen.append(torch.is_autocast_enabled("cpu")) or x + x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        twice(torch.ones(3))
+    assert seen[:-1] and not any(seen[:-1])
 
 
 def test_judging_draws_no_random_number() -> None:

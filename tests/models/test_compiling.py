@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nvae.core.config import validate
 from nvae.evaluation.bounds import Evaluator
 from nvae.kernels import fusion
+from nvae.kernels.fusion import compile_each
 from nvae.models.base import Family
-from nvae.models.nvae.model import NVAE, NVAEConfig
-from nvae.models.vdvae.model import VDVAE, VDVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
+from nvae.models.vdvae.config import VDVAEConfig
+from nvae.models.vdvae.model import VDVAE
 
 OPERATORS_PER_GROUP = 622
 """Of an update, with a cell in each tower: what it was when this was last looked at."""
@@ -61,7 +64,7 @@ def test_there_is_a_graph_for_each_kind_of_part_whatever_the_depth(
         counters.clear()
         model = NVAE(tiny_config(groups=groups, flows=1, decoder_cells=2)).train()
         model.set_recomputation(recompute)
-        model.compile_parts()
+        compile_each(model.parts())
         graphs = updates(model, 4)
         assert graphs[0] > 0
         assert graphs[1] == graphs[-1], "recompiled after the second update"
@@ -73,7 +76,7 @@ def test_there_is_a_graph_for_each_kind_of_part_whatever_the_depth(
 @pytest.mark.usefixtures("without_code")
 def test_no_graph_breaks(tiny_config: Callable[..., NVAEConfig]) -> None:
     model = NVAE(tiny_config(scales=2, flows=1)).train()
-    model.compile_parts()
+    compile_each(model.parts())
     updates(model, 2)
     assert dict(counters["graph_break"]) == {}
 
@@ -84,7 +87,7 @@ def test_too_many_kinds_are_an_error_and_not_a_return_to_uncompiled_code(
 ) -> None:
     monkeypatch.setattr(fusion, "KINDS_OF_CALLS", 2)
     model = NVAE(tiny_config(scales=2)).train()
-    model.compile_parts()
+    compile_each(model.parts())
     with pytest.raises(Exception, match="limit"):
         updates(model, 1)
 
@@ -93,7 +96,7 @@ def test_too_many_kinds_are_an_error_and_not_a_return_to_uncompiled_code(
 @pytest.mark.usefixtures("without_code")
 def test_a_model_for_inference_is_free_of_what_was_compiled(tiny_config: Callable[..., NVAEConfig]) -> None:
     model = NVAE(tiny_config()).train()
-    model.compile_parts()
+    compile_each(model.parts())
     updates(model, 1)
     before = counters["stats"]["unique_graphs"]
     with torch.no_grad():
@@ -107,7 +110,7 @@ def test_compiled_code_says_the_same(tiny_config: Callable[..., NVAEConfig]) -> 
     images, noise = torch.rand(2, 3, 8, 8), [torch.randn(shape) for shape in model.latent_shapes(2)]
     with torch.no_grad():
         expected = model(images, noise)
-        model.compile_parts()
+        compile_each(model.parts())
         found = model(images, noise)
     torch.testing.assert_close(found.likelihood.params, expected.likelihood.params, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.log_weight, expected.log_weight, rtol=1e-5, atol=1e-3)
@@ -128,7 +131,7 @@ def test_a_very_deep_vae_has_a_graph_for_each_kind_of_block_in_training_and_in_e
         counters.clear()
         model = very_deep(decoder).train()
         model.set_recomputation("cells")
-        model.compile_parts()
+        compile_each(model.parts())
         graphs = updates(model, 4)
         assert graphs[1] == graphs[-1], "recompiled after the second update"
         Evaluator(model.eval().for_inference(), samples=2).measure(torch.rand(2, 3, 8, 8), [0, 1])
@@ -143,7 +146,7 @@ def test_a_compiled_very_deep_vae_says_the_same() -> None:
     images, noise = torch.rand(2, 3, 8, 8), [torch.randn(shape) for shape in model.latent_shapes(2)]
     with torch.no_grad():
         expected = model.decode(model.encode(images), noise)
-        model.compile_parts()
+        compile_each(model.parts())
         found = model.decode(model.encode(images), noise)
     torch.testing.assert_close(found.likelihood.params, expected.likelihood.params, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.log_weight, expected.log_weight, rtol=1e-5, atol=1e-3)

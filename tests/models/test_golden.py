@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from first_images import first_images
 from torch import Tensor
 
 from nvae.core.config import validate
 from nvae.core.randomness import generator, keyed_normal
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 from nvae.models.nvae.published import tensor_names
 
 FOLDER = Path(__file__).parent / "golden"
@@ -94,6 +96,7 @@ def losses_of(settings: dict[str, Any]) -> list[float]:
     model = model_of(settings)
     x = images_of(model.config)
     noise = [n.double() for n in keyed_normal(model.latent_shapes(IMAGES), range(IMAGES), 0, "golden", "cpu")]
+    model.begin(first_images(x, noise))
     optimiser = torch.optim.Adamax(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=3e-4)
     losses = []
     for step in range(STEPS):

@@ -6,16 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from first_images import first_images, never_read
 from torch import Tensor, nn
 
 from nvae.bricks.cells import RegularOp
 from nvae.bricks.flows import ShiftCell
+from nvae.bricks.groups import LatentGroup
 from nvae.bricks.latents import Normal, kl_divergence, score
 from nvae.bricks.likelihoods import LIKELIHOODS, quantise
 from nvae.bricks.normalisation import BatchNorm, measuring
 from nvae.core.errors import UserError
 from nvae.models.base import Noise, Output
-from nvae.models.nvae.model import NVAE, LatentGroup, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 from nvae.models.nvae.objective import balance_factors, balance_weights, balanced_kl
 
 Make = Callable[..., NVAEConfig]
@@ -311,6 +314,66 @@ def test_latents_of_another_shape_are_refused(tiny_config: Make) -> None:
         model.sample(3, latents=[torch.zeros(2, 3, 4, 4)])
     with pytest.raises(UserError, match="latents: 5 tensors for 2 latent groups"):
         model.sample(3, latents=[torch.zeros(3, 3, 4, 4)] * 5)
+
+
+# ------------------------------------------------------------------------------------------------- group by group
+
+
+def same(ours: Normal, theirs: Normal) -> bool:
+    return torch.equal(ours.mean, theirs.mean) and torch.equal(ours.sigma, theirs.sigma)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["as it trains", "for inference"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_stepping_through_the_groups_is_decoding(
+    any_config: NVAEConfig, inference: bool, precision: torch.dtype
+) -> None:
+    """Bit for bit: priors, posteriors, latents and the likelihood's parameters."""
+    model, x = lively(any_config), images(any_config)
+    model, noise = model.for_inference() if inference else model, noise_for(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        features = model.encode(x)
+        output = model.decode(features, noise)
+        groups = model.top_down(features)
+        for g, epsilon in enumerate(noise):
+            posterior, prior = groups.posterior(), groups.prior()
+            assert same(prior, output.prior[g]) and same(posterior, output.posterior[g])
+            z = groups.flowed(posterior.draw(epsilon))
+            assert torch.equal(z, output.z[g])
+            groups.enter(z)
+        assert torch.equal(groups.likelihood().params, output.likelihood.params)
+
+
+def test_stepping_without_features_is_sampling(any_config: NVAEConfig) -> None:
+    model = lively(any_config)
+    noise = noise_for(model)
+    with torch.no_grad():
+        groups = model.top_down(n=3)
+        for epsilon in noise:
+            groups.enter(groups.prior(0.8).draw(epsilon))
+        assert torch.equal(groups.likelihood().params, model.sample(3, 0.8, noise).params)
+
+
+def test_the_priors_of_given_latents_are_the_same_with_features_and_without(any_config: NVAEConfig) -> None:
+    """So that what one side encodes by them the other decodes."""
+    model, x = lively(any_config), images(any_config)
+    with torch.no_grad():
+        output = model(x, noise_for(model))
+        groups = model.top_down(n=3)
+        for z, prior in zip(output.z, output.prior, strict=True):
+            assert same(groups.prior(), prior)
+            groups.enter(z)
+        assert torch.equal(groups.likelihood().params, output.likelihood.params)
+
+
+def test_a_group_may_be_left_without_a_question(tiny_config: Make) -> None:
+    model, x = lively(tiny_config(scales=2)), images(tiny_config())
+    with torch.no_grad():
+        output = model(x, noise_for(model))
+        groups = model.top_down(model.encode(x))
+        for z in output.z:
+            groups.enter(z)
+        assert torch.equal(groups.likelihood().params, output.likelihood.params)
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
@@ -675,55 +738,34 @@ def elu_responses(model: NVAE, x: Tensor, noise: Noise) -> list[Tensor]:
     return responses
 
 
-def test_after_the_first_batch_every_response_has_mean_zero_and_deviation_a_fifth(tiny_config: Make) -> None:
+def test_once_begun_every_response_has_mean_zero_and_deviation_a_fifth(tiny_config: Make) -> None:
     model = NVAE(tiny_config(architecture="res_elu", scales=2))
     x, noise = images(model.config), noise_for(model)
-    model(x, noise)
+    model.begin(first_images(x, noise))
     for response in elu_responses(model, x, noise):
         torch.testing.assert_close(response.mean(1), torch.zeros(len(response)), rtol=0, atol=1e-4)
         torch.testing.assert_close(response.std(1), torch.full((len(response),), 0.2), rtol=1e-3, atol=0)
 
 
-def test_later_batches_change_no_parameter(tiny_config: Make) -> None:
-    model = NVAE(tiny_config(architecture="res_elu"))
+def test_batch_norms_need_no_start(tiny_config: Make) -> None:
+    model = NVAE(tiny_config())
     fresh = copy.deepcopy(model.state_dict())
-    model(images(model.config))
-    started = copy.deepcopy(model.state_dict())
-    model(2 * images(model.config) - 1)
-    assert any(not torch.equal(fresh[name], value) for name, value in started.items())
-    assert all(torch.equal(started[name], value) for name, value in model.state_dict().items())
-
-
-def test_an_evaluation_does_not_start_a_model(tiny_config: Make) -> None:
-    model = NVAE(tiny_config(architecture="res_elu"))
-    fresh = copy.deepcopy(model.state_dict())
-    model.eval()(images(model.config))
+    model.begin(never_read())
     assert all(torch.equal(fresh[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_loaded_model_counts_as_started(tiny_config: Make) -> None:
+def test_a_start_is_made_once_and_travels_with_the_state(tiny_config: Make) -> None:
     model = NVAE(tiny_config(architecture="res_elu"))
-    model.mark_loaded()
-    fresh = copy.deepcopy(model.state_dict())
-    model(images(model.config))
-    assert all(torch.equal(fresh[name], value) for name, value in model.state_dict().items())
-
-
-def test_a_start_travels_with_the_state(tiny_config: Make) -> None:
-    model = NVAE(tiny_config(architecture="res_elu"))
-    model(images(model.config))
+    model.begin(first_images(images(model.config), noise_for(model)))
     other = NVAE(model.config)
     other.load_state_dict(model.state_dict())
-    other(images(model.config))
+    other.begin(never_read())
     for (name, ours), theirs in zip(other.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
-def test_the_start_does_not_depend_on_the_autocast(tiny_config: Make) -> None:
+def test_passes_change_no_parameter_of_a_model_that_has_not_begun(tiny_config: Make) -> None:
     model = NVAE(tiny_config(architecture="res_elu"))
-    twin, x, noise = copy.deepcopy(model), images(model.config), noise_for(model)
-    model(x, noise)
-    with torch.autocast("cpu", torch.bfloat16):
-        twin(x, noise)
-    for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
+    fresh = copy.deepcopy(dict(model.named_parameters()))
+    model(images(model.config))
+    assert all(torch.equal(fresh[name], parameter) for name, parameter in model.named_parameters())

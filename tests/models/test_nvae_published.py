@@ -1,7 +1,6 @@
 """Published NVAE checkpoints: hyper-parameters, names, both ways, what does not fit."""
 
 import argparse
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 
 from nvae.bricks.cells import ARCHITECTURES
 from nvae.core.errors import UserError
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 from nvae.models.nvae.published import (
     args_from_config,
     config_from_args,
@@ -69,6 +69,7 @@ def test_arguments_become_the_fields_of_the_config() -> None:
         "family": "nvae",
         "image_size": 32,
         "image_channels": 3,
+        "classes": 0,
         "scales": 2,
         "groups": 4,
         "adaptive_groups": True,
@@ -239,12 +240,8 @@ def test_there_and_back_is_bitwise(tiny_config: Make, architecture: str) -> None
         assert torch.equal(back.state_dict()[name], model.state_dict()[name]), theirs
 
 
-def test_a_model_from_a_checkpoint_is_in_eval_mode_and_has_started(tiny_config: Make) -> None:
-    model = from_published(checkpoint(tiny_config(image_size=32, architecture="res_elu")))
-    assert not model.training
-    before = copy.deepcopy(dict(model.named_parameters()))
-    model.train()(torch.rand(2, 3, 32, 32))
-    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+def test_a_model_from_a_checkpoint_is_in_eval_mode(tiny_config: Make) -> None:
+    assert not from_published(checkpoint(tiny_config(image_size=32))).training
 
 
 def test_what_is_written_is_a_copy(tiny_config: Make) -> None:

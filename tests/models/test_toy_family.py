@@ -1,14 +1,21 @@
 """The contract of a family is enough: a toy one trains, evaluates what it can and samples by the same commands."""
 
 import json
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+import torch
 from entry_scripts import call
+from torch import nn
+from torch._dynamo.utils import counters
+from toy_family import drawn
 
 from nvae.checkpoints.loading import load_model
 from nvae.core.errors import UserError
 from nvae.evaluation.bounds import Evaluator
+from nvae.sampling.images import sample_images
+from nvae.sampling.latent_space import reconstruct
 from nvae.training.config import run_config
 from nvae.training.run import train
 
@@ -40,9 +47,39 @@ def test_it_trains_and_validates(runs: Path) -> None:
     assert any("validation/nelbo" in line for line in lines)
 
 
+def test_its_whole_is_compiled_for_training_where_it_names_no_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    settings = {**CONFIG, "train": {"steps": 2, "device": "cpu", "compile": True}}
+    assert train(run_config(settings, "toy"), tmp_path) == "finished"
+    assert counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+
+
 def test_its_checkpoint_loads(runs: Path) -> None:
     model = load_model(runs / "toy")
     assert model.sample(4).mean().shape == (4, 1, 8, 8)
+
+
+def test_its_discrete_draws_follow_from_noise(runs: Path) -> None:
+    model, images = load_model(runs / "toy"), (torch.rand(3, 1, 8, 8) < 0.5).float()
+    rebuilt = [reconstruct(model, images, seed=seed) for seed in (0, 0, 1, 2, 3)]
+    assert torch.equal(rebuilt[0], rebuilt[1]) and not all(torch.equal(rebuilt[0], other) for other in rebuilt[2:])
+    together, apart = sample_images(model, range(4)), [sample_images(model, [number]) for number in range(4)]
+    torch.testing.assert_close(together, torch.cat(apart))
+    given = model.decode(model.encode(images))
+    again = model.decode(model.encode(images), latents=given.z)
+    assert torch.equal(given.likelihood.params, again.likelihood.params)
+
+
+def test_a_discrete_draw_has_its_probabilities() -> None:
+    probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    noise = torch.special.ndtri((torch.arange(1000) + 0.5) / 1000)[:, None, None, None]
+    codes = drawn(probabilities.log().expand(1000, -1), noise)
+    torch.testing.assert_close(codes.bincount(minlength=4) / 1000, probabilities, rtol=0, atol=2e-3)
 
 
 def test_importance_weighting_is_a_clear_error(runs: Path) -> None:

@@ -1,12 +1,12 @@
 """The Very Deep VAE: geometry, start, towers, bound, memory; against closed forms and two ways to a number."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from first_images import first_images, never_read
 from places import ROOT
 from torch import Tensor
 from torch.distributions import Normal as TorchNormal
@@ -19,7 +19,9 @@ from nvae.core.config import validate
 from nvae.core.errors import UserError
 from nvae.models.base import Output
 from nvae.models.registry import build
-from nvae.models.vdvae.model import VDVAE, LatentBlock, Layer, VDVAEConfig, parse_layers, parse_widths, pixel_moments
+from nvae.models.vdvae.config import Layer, VDVAEConfig, parse_layers, parse_widths
+from nvae.models.vdvae.model import VDVAE, LatentBlock
+from nvae.models.vdvae.standardisation import pixel_moments
 
 CONFIGS = ROOT / "configs"
 
@@ -140,7 +142,7 @@ def test_priors_start_as_standard_normal(image: Tensor) -> None:
 
 def test_states_above_the_limit_start_at_zeros_without_parameters(model: VDVAE) -> None:
     assert list(model.biases) == ["1", "4"]
-    assert not model._first_states(2)[8].any()
+    assert not model.initial_states(2)[8].any()
 
 
 def test_every_parameter_takes_part(model: VDVAE, image: Tensor) -> None:
@@ -226,6 +228,47 @@ def test_given_latents_are_kept_and_scored(model: VDVAE, image: Tensor) -> None:
     assert not torch.equal(prefix.z[4], drawn.z[4])
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_stepping_through_the_blocks_is_decoding(model: VDVAE, image: Tensor, precision: torch.dtype) -> None:
+    """Bit for bit: priors, posteriors, latents and the likelihood's parameters."""
+    given = noise(model, 2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        features = model.eval().encode(image)
+        output = model.decode(features, given)
+        blocks = model.top_down(features)
+        for i, epsilon in enumerate(given):
+            q, p = blocks.posterior(), blocks.prior()
+            for found, expected in ((q, output.posterior[i]), (p, output.prior[i])):
+                assert torch.equal(found.mean, expected.mean) and torch.equal(found.sigma, expected.sigma)
+            z = blocks.flowed(q.draw(epsilon))
+            assert torch.equal(z, output.z[i])
+            blocks.enter(z)
+        assert torch.equal(blocks.likelihood().params, output.likelihood.params)
+
+
+def test_stepping_without_features_is_sampling(model: VDVAE) -> None:
+    given = noise(model, 2)
+    blocks = model.top_down(n=2)
+    for epsilon in given:
+        blocks.enter(blocks.prior(0.7).draw(epsilon))
+    assert torch.equal(blocks.likelihood().params, model.sample(2, 0.7, given).params)
+
+
+def test_the_priors_of_given_latents_are_the_same_with_features_and_without(model: VDVAE, image: Tensor) -> None:
+    """Up to rounding: beside a posterior, the first convolution of both is one."""
+    output = model.eval()(image, noise(model, 2))
+    blocks = model.top_down(n=2)
+    for z, p in zip(output.z, output.prior, strict=True):
+        torch.testing.assert_close(blocks.prior().mean, p.mean)
+        torch.testing.assert_close(blocks.prior().sigma, p.sigma)
+        blocks.enter(z)
+
+
+def test_in_training_the_distributions_are_not_kept(model: VDVAE, image: Tensor) -> None:
+    output = model.train()(image)
+    assert output.posterior == output.prior == []
+
+
 def test_a_prefix_of_latents_fixes_the_first_blocks_only(model: VDVAE) -> None:
     first, second = noise(model, 2), noise(model, 2)
     mixed = model.sample(2, noise=first[:3] + second[3:])
@@ -306,20 +349,46 @@ def test_published_five_bit_bins_overlap_and_lack_the_right_tail() -> None:
 # ---------------------------------------------------------------------------------------------- input normalisation
 
 
-def test_open_moments_are_measured_once_and_kept_for_the_run() -> None:
-    batches = [torch.randint(256, (n, 3, 8, 8)) / 255 for n in (5, 3)]
+def test_open_moments_are_measured_when_a_run_begins() -> None:
+    x = torch.randint(256, (8, 3, 8, 8)) / 255
+    model = VDVAE(config(input_mean=None, input_std=None))
+    model.begin(first_images(x))
+    mean, std = model.input.moments
+    pixels = 255 * x.double()
+    assert mean == pytest.approx(float(pixels.mean()), abs=1e-4)
+    assert std == pytest.approx(float(pixels.std(correction=0)), abs=1e-4)
+
+
+def test_measured_moments_are_as_good_as_given_ones(image: Tensor) -> None:
+    measured = VDVAE(config(input_mean=None, input_std=None))
+    measured.begin(first_images(image))
+    mean, std = pixel_moments([image])
+    given = VDVAE(config(input_mean=mean, input_std=std))
+    given.load_state_dict(measured.state_dict())
+    draws = noise(given, 2)
+    assert torch.equal(measured(image, draws).log_weight, given(image, draws).log_weight)
+
+
+def test_measured_moments_travel_with_the_state_and_given_ones_stay(image: Tensor) -> None:
+    measured = VDVAE(config(input_mean=None, input_std=None))
+    measured.begin(first_images(image))
+    other, given = VDVAE(measured.config), VDVAE(config(input_mean=1.5, input_std=2.5))
+    for model in (other, given):
+        model.load_state_dict(measured.state_dict())
+    assert other.input.moments == measured.input.moments
+    assert given.input.moments == (1.5, 2.5)
+    assert not [name for name in given.state_dict() if name.startswith("input")]
+
+
+def test_given_moments_are_not_measured() -> None:
+    VDVAE(config()).begin(never_read())
+
+
+def test_a_run_that_goes_on_has_the_moments_it_had() -> None:
     opened = config(input_mean=None, input_std=None)
-    settled = opened.settled(None, iter(batches))
-    pixels = 255 * torch.cat(batches).double()
-    assert settled.input_mean == pytest.approx(float(pixels.mean()), abs=1e-4)
-    assert settled.input_std == pytest.approx(float(pixels.std(correction=0)), abs=1e-4)
-    assert opened.settled(settled, never_read()) == settled
-    assert config().settled(None, never_read()) == config()
-
-
-def never_read() -> Iterator[Tensor]:
-    raise AssertionError("the images are not needed")
-    yield
+    assert opened.continuing(config()) == config()
+    assert config().continuing(config(input_mean=1, input_std=1)) == config()
+    assert opened.continuing(opened) == opened
 
 
 def test_images_of_one_grey_are_refused() -> None:

@@ -16,7 +16,8 @@ from nvae.bricks.normalisation import BatchNorm
 from nvae.core.config import read_yaml, validate
 from nvae.core.distributed import gather_objects, rank, world_size
 from nvae.core.errors import UserError
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 from nvae.models.registry import family
 from nvae.sampling.images import readjust, readjust_cached, sample_images, shares, temperature_of
 from nvae.sampling.pictures import to_bytes
@@ -135,15 +136,15 @@ def test_readjusted_statistics_are_plain_averages_over_the_batches(
 ) -> None:
     """All batches count alike, whatever came before: against float64, from what each batch norm was given."""
     seen: dict[BatchNorm, list[Tensor]] = {}
-    original = BatchNorm._measure
+    original = BatchNorm.advance
 
-    def measure(norm: BatchNorm, x: Tensor) -> Tensor:
+    def advance(norm: BatchNorm, statistics: Tensor, x: Tensor) -> None:
         mean, var = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
         count = x.numel() // x.shape[1] * norm.copies
         seen.setdefault(norm, []).append(torch.stack([mean, var * count / (count - 1)]))
-        return original(norm, x)
+        original(norm, statistics, x)
 
-    monkeypatch.setattr(BatchNorm, "_measure", measure)
+    monkeypatch.setattr(BatchNorm, "advance", advance)
     readjust(model, 0.6, batches=5, batch=3)
     assert len(seen) > 10
     for norm, moments in seen.items():

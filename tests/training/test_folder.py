@@ -56,6 +56,21 @@ def test_the_lock_of_a_killed_process_is_free(folder: RunFolder) -> None:
         pass
 
 
+def test_where_there_are_no_locks_a_run_goes_on_and_says_so(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with folder.locked():
+        pass
+    monkeypatch.setattr("nvae.core.files.fcntl", None)
+    with folder.locked():
+        pass
+    assert capsys.readouterr().err.count(f"{folder.path}: no locks here") == 2
+
+
 def test_what_a_killed_process_was_writing_is_removed(folder: RunFolder) -> None:
     save(folder, 10)
     leftovers = [folder.checkpoints / ".step-000000020.pt.x1", folder.path / ".outcome.json.x2"]

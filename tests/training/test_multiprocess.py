@@ -27,6 +27,8 @@ from nvae.training.folder import RunFolder, step_of
 from nvae.training.trainer import Trainer
 from nvae.training.watching import Watcher
 
+pytestmark = pytest.mark.slow
+
 PLAIN = (*EVERY_BRICK, "train.steps=20")
 ACCUMULATED = (*EVERY_BRICK, "train.steps=4", "data.global_batch=64")
 Facts = dict[str, Any]

@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from processes import start
 from tiny_run import checkpoint, column, differences, log, outcome, tiny_run
+from toy_family import Toy
 
+from nvae.checkpoints.format import save_checkpoint
 from nvae.core.errors import UserError
 from nvae.training import run
 from nvae.training.adamax import Adamax
@@ -91,8 +93,12 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 
 
 def test_a_family_that_draws_for_itself_goes_on_exactly_too(
-    tmp_path: Path, at_step: Callable[[int, Callable[[], Any]], None]
+    tmp_path: Path, at_step: Callable[[int, Callable[[], Any]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    original = Toy.encode
+    monkeypatch.setattr(
+        Toy, "encode", lambda self, x, labels=None: original(self, torch.dropout(x, 0.5, self.training))
+    )
     toy = "model={family: 'toy_family:Toy', image_size: 8, image_channels: 1, likelihood: {kind: bernoulli}}"
     assert run.train(tiny_run(toy), tmp_path / "plain") == "finished"
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -141,6 +147,7 @@ def kill_at_random_moments(folder: Path, kills: int, uninterrupted: Path) -> Non
     assert_same_end(folder / str(number) / "tiny", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_the_same(tmp_path: Path, uninterrupted: Path) -> None:
     kill_at_random_moments(tmp_path, 5, uninterrupted)
 
@@ -176,6 +183,7 @@ def save_half(content: Any, file: Any) -> NoReturn:
     die()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "newest"),
     [("half of it written", 3), ("written but not in place", 3), ("in place but not the latest", 5)],
@@ -262,6 +270,15 @@ def test_what_alters_neither_is_only_said(half_done: Path, capsys: pytest.Captur
     assert run.train(tiny_run("train.log_every=2"), half_done) == "finished"
     assert "changed since the last checkpoint: train.log_every: 1 → 2" in capsys.readouterr().out
     assert load_run(half_done / "tiny").train.log_every == 2
+
+
+def test_a_field_that_the_checkpoint_does_not_know_had_its_default(half_done: Path, capsys: Any) -> None:
+    """Those of earlier versions."""
+    content = checkpoint(half_done / "tiny")
+    del content["config"]["model"]["classes"], content["format"], content["version"]
+    save_checkpoint(half_done / "tiny" / "checkpoints" / "step-000000003.pt", content)
+    assert run.train(tiny_run(), half_done) == "finished"
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_images_and_lists_may_lie_elsewhere(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from places import ROOT
-from tiny_run import TINY, checkpoint, column, tiny_run
+from tiny_run import TINY, checkpoint, column, outcome, tiny_run
 
 from nvae.commands import command
 from nvae.core import distributed
@@ -121,6 +121,15 @@ def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         precision_on(CUDA, "bf16")
 
 
+def test_tf32_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    for device in (CPU, CUDA):
+        with pytest.raises(UserError, match=r"train\.precision: tf32 needs a CUDA device of compute capability 8\.0"):
+            precision_on(device, "tf32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert precision_on(CUDA, "tf32") == "tf32"
+
+
 def test_tf32_is_an_option_and_off_otherwise() -> None:
     allow_tf32("tf32")
     assert torch.get_float32_matmul_precision() == "high"
@@ -191,6 +200,67 @@ def test_what_would_run_is_shown_and_nothing_is_made(
     assert call_train_py(monkeypatch, tmp_path, recipe, "--dry-run") == 0
     assert "images per update: 32 (32 per process and pass)" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    """What lies in a run's folder, but for its lock."""
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.lr=0.5"],
+        ["optim.name=adamw", "allow_changes=true"],
+        ["model.groups=3", "allow_changes=true"],
+        ["data.global_batch=33"],
+        ["data.name=images", "data.path=nowhere", "allow_changes=true"],
+        ["train.precision=fp16"],
+        ["train.init_from=nowhere", "model.groups=3", "allow_changes=true"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_command_that_is_refused_leaves_every_file_of_a_run_as_it_was(finished: Path, overrides: list[str]) -> None:
+    before = files_of(finished / "tiny")
+    with pytest.raises(UserError):
+        run.train(tiny_run("train.steps=1", *overrides), finished)
+    assert files_of(finished / "tiny") == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    run.train(tiny_run("train.steps=1"), folder)
+    return folder
+
+
+def test_weights_of_another_model_are_told_by_the_fields_that_make_it_another(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"another model than the config describes: '[^']*'[^\n]*\n  model\.groups: 2 → 3$"
+    ):
+        run.train(tiny_run("train.steps=1", "model.groups=3", "allow_changes=true"), finished)
+    with pytest.raises(UserError, match=r"^train\.init_from: the weights are.*\n  model\.groups: 2 → 3$"):
+        run.train(tiny_run(f"train.init_from={finished / 'tiny'}", "model.groups=3"), tmp_path)
+
+
+def test_a_refusal_is_written_down_where_no_run_has_begun(tmp_path: Path) -> None:
+    for name in ("nowhere", "elsewhere"):
+        with pytest.raises(UserError, match=name):
+            run.train(tiny_run(f"train.init_from={name}"), tmp_path)
+        assert name in outcome(tmp_path / "tiny")["message"]
+    run.train(tiny_run("train.steps=1"), tmp_path)
+    assert outcome(tmp_path / "tiny")["outcome"] == "finished"
+
+
+def test_a_full_disk_ends_a_run_with_the_file_and_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "step.pt")
+
+    monkeypatch.setattr("nvae.training.folder.save_checkpoint", save)
+    with pytest.raises(OSError, match="No space"):
+        run.train(tiny_run(), tmp_path)
+    assert outcome(tmp_path / "tiny")["message"] == "rank 0: step.pt: No space left on device"
 
 
 def test_signals_are_the_callers_again_afterwards(tmp_path: Path) -> None:

@@ -77,10 +77,54 @@ def test_a_run_learns(trained: Path) -> None:
 
 
 def test_the_measured_moments_are_kept_in_the_run_and_its_checkpoints(trained: Path) -> None:
-    model = load_model(trained)
-    assert 70 < model.config.input_mean < 85 and 100 < model.config.input_std < 125
-    assert checkpoint(trained)["config"]["model"]["input_mean"] == model.config.input_mean
-    assert f"input_mean: {model.config.input_mean}" in (trained / "config.yaml").read_text()
+    mean, std = moments(trained)
+    assert 70 < mean < 85 and 100 < std < 125
+    content = checkpoint(trained, 0)
+    for weights in (content["model"], content["ema"]):
+        assert (float(weights["input.mean"]), float(weights["input.std"])) == (mean, std)
+    assert content["config"]["model"]["input_mean"] is None
+
+
+def moments(run: Path) -> tuple[float, float]:
+    """What a run's model standardises its input with."""
+    model = load_model(run)
+    assert isinstance(model, VDVAE) and model.input.moments is not None
+    return model.input.moments
+
+
+def given(folder: Path) -> list[str]:
+    """The options that give another run the numbers a run has measured."""
+    mean, std = moments(folder)
+    return [f"model.input_mean={mean:.4f}", f"model.input_std={std:.4f}"]
+
+
+def test_a_run_of_given_moments_is_that_of_the_same_ones_measured(trained: Path, tmp_path: Path) -> None:
+    assert run.train(config(*given(trained)), tmp_path) == "finished"
+    assert log(tmp_path / "tiny") == log(trained)
+
+
+@pytest.mark.usefixtures("dying")
+def test_a_run_whose_config_holds_its_moments_goes_on_without_them(trained: Path, tmp_path: Path) -> None:
+    """Earlier versions wrote what they had measured into the config."""
+    with pytest.raises(ConnectionAbortedError):
+        run.train(config(*given(trained)), tmp_path)
+    assert run.train(config(), tmp_path) == "finished"
+    assert log(tmp_path / "tiny") == log(trained)
+    assert not [name for name in checkpoint(tmp_path / "tiny")["model"] if name.startswith("input")]
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["measured", "given"])
+def test_a_warm_start_takes_the_moments_that_belong_to_the_weights(
+    trained: Path, tmp_path: Path, measured: bool
+) -> None:
+    source = trained
+    if not measured:
+        source = tmp_path / "source" / "tiny"
+        assert (
+            run.train(config("model.input_mean=60", "model.input_std=90", "train.steps=1"), source.parent) == "finished"
+        )
+    assert run.train(config(f"train.init_from={source}", "train.steps=1"), tmp_path) == "finished"
+    assert moments(tmp_path / "tiny") == moments(source)
 
 
 @pytest.mark.usefixtures("dying")
@@ -98,10 +142,20 @@ def test_a_run_starts_from_a_published_checkpoint(trained: Path, tmp_path: Path)
     assert isinstance(model, VDVAE)
     published = tmp_path / "published.th"
     torch.save(to_published(model), published)
-    assert run.train(config(f"train.init_from={published}", "train.steps=1"), tmp_path) == "finished"
+    asked = config(f"train.init_from={published}", "train.steps=1", *given(trained))
+    assert run.train(asked, tmp_path) == "finished"
     content = checkpoint(tmp_path / "tiny", 0)
-    assert differences(content["model"], model.state_dict()) == []
-    assert differences(content["ema"], model.state_dict()) == []
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("input")}
+    assert differences(content["model"], weights) == []
+    assert differences(content["ema"], weights) == []
+
+
+def test_a_published_checkpoint_does_not_say_what_its_input_was_standardised_with(
+    trained: Path, tmp_path: Path
+) -> None:
+    torch.save(to_published(load_model(trained)), tmp_path / "published.th")
+    with pytest.raises(UserError, match=r"model\.input_mean, model\.input_std: not measured"):
+        run.train(config(f"train.init_from={tmp_path / 'published.th'}"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +193,7 @@ def test_two_processes_train_as_one(trained: Path, tmp_path: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0]
     for name in ("loss", "nelbo", "kl", "gradient_norm"):
         assert column(tmp_path / "tiny", name) == pytest.approx(column(trained, name), rel=1e-5), name
-    assert load_model(tmp_path / "tiny").config == load_model(trained).config
+    assert moments(tmp_path / "tiny") == moments(trained)
 
 
 @pytest.mark.parametrize("option", ["train.recompute=cells", "train.precision=bf16"])

@@ -6,6 +6,10 @@ Shapes: B batch, H W space of x, h w space of y = ceil(H/stride), C channels, K 
 Tensors come as (B, C, H, W) in channels-last memory, that is B·H·W rows of C neighbours; kernels as (K·K, C).
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -137,6 +141,18 @@ def _weight_gradient(
     tl.store(partial_pointer + place, total, mask=(tap < size * size)[:, None] & inside[None, :])
 
 
+def _on_its_device(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Launches on the device of the first argument, which need not be the current one."""
+
+    @wraps(function)
+    def call(x: Tensor, *others: Any) -> Tensor:
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return function(x, *others)
+
+    return call
+
+
+@_on_its_device
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """x (B, C, H, W), weight (C, 1, K, K), bias (C) -> (B, C, h, w)."""
     batch, channels, height, width = x.shape
@@ -159,6 +175,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tens
     return y
 
 
+@_on_its_device
 def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
     """The gradient (B, C, H, W) of x, from that of y (B, C, h, w)."""
     batch, channels, out_height, out_width = grad.shape
@@ -178,6 +195,7 @@ def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride
     return x_grad
 
 
+@_on_its_device
 def weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
     """The gradient (C, 1, K, K), float32 or more, of the kernel."""
     batch, channels, height, width = x.shape

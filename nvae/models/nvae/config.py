@@ -14,6 +14,8 @@ from .objective import ObjectiveConfig
 class NVAEConfig(ModelConfig):
     family: Literal["nvae"] = "nvae"
     """Which family of models."""
+    classes: Literal[0] = 0
+    """This family takes no labels."""
     scales: int = Field(1, ge=1)
     """Number of latent resolutions; each is half the one before."""
     groups: int = Field(10, ge=1)

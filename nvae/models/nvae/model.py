@@ -6,7 +6,6 @@ between the image and its latents.
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from ...bricks.cells import ARCHITECTURES, Cell, Op, RegularOp
 from ...bricks.convolutions import Conv2d, EffectiveWeights
-from ...bricks.folding import IN_CPP, fold
 from ...bricks.groups import LatentGroup, Tower
 from ...bricks.latents import Draw, Normal
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
@@ -45,7 +43,7 @@ class Features:
 
 
 class TopDownPass(TopDown):
-    """The decoder's state on its way through the groups."""
+    """The decoder's state on its way through the groups; what `draw` does at once is in parts what the others do."""
 
     def __init__(self, model: "NVAE", features: Features | None, n: int) -> None:
         self.model, self.features = model, features
@@ -67,11 +65,11 @@ class TopDownPass(TopDown):
 
     def prior(self, temperature: float = 1.0) -> Normal:
         """(n, L, h, w), σ times the temperature."""
-        return self._group.normal([self._raw()], temperature)
+        return Normal.from_sum([self._raw()], temperature)
 
     def posterior(self) -> Normal:
-        """(n, L, h, w). Of the draw before its flows; `flowed` makes the z of it that may enter."""
-        return self._group.normal(self._group.posterior_raws(self._tap, self.state, self._raw()))
+        """(n, L, h, w), of the draw before the flows; `flowed` makes of it the z that may enter, of equal density."""
+        return Normal.from_sum(self._group.posterior_raws(self._tap, self.state, self._raw()))
 
     def flowed(self, drawn: Tensor) -> Tensor:
         """What the group's flow cells make of a draw from its posterior."""
@@ -211,19 +209,10 @@ class NVAE(Hierarchy[NVAEConfig]):
             if isinstance(module, Recomputable):
                 module.recompute = self.recompute
 
-    def for_inference(self) -> "NVAE":
-        """A copy with the weights and statistics of now, whose batch norms are part of its convolutions."""
-        model = deepcopy(self).eval()
-        for group in model.latent_groups:
-            group.fold()
-        fold(model)
-        model.weights = EffectiveWeights(model, besides=IN_CPP)
-        return model
-
     def parts(self) -> Iterator[nn.Module]:
         """Cells and latent groups."""
         for module in self.modules():
-            if isinstance(module, Cell) or (isinstance(module, LatentGroup) and module.worth_compiling):
+            if isinstance(module, Cell | LatentGroup):
                 yield module
 
     @torch.no_grad()

@@ -25,6 +25,8 @@ class Layer:
 class VDVAEConfig(ModelConfig):
     family: Literal["vdvae"] = "vdvae"
     """Which family of models."""
+    classes: Literal[0] = 0
+    """This family takes no labels."""
     encoder: str
     """Bottom-up blocks, `32x11,32d2,16x6,…`: `RxN` N blocks at resolution R, `R` one, `RdK` one, then pooled by K."""
     decoder: str

@@ -179,7 +179,8 @@ class Features:
 
 
 class TopDownPass(TopDown):
-    """The states of all resolutions on their way through the blocks."""
+    """The states of all resolutions on their way through the blocks; what `draw` does at once is in parts what the
+    others do."""
 
     def __init__(self, model: "VDVAE", features: Features | None, n: int) -> None:
         self.model, self.features = model, features

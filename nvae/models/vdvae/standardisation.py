@@ -12,9 +12,9 @@ from .config import VDVAEConfig
 
 
 class Standardisation(nn.Module):
-    """(255·x − mean) / std (spec_vdvae, Data and loss), by the config's numbers or by measured ones.
+    """(255·x − mean) / std (spec_vdvae, Data and loss), with the config's numbers or with measured ones.
 
-    Measured ones are buffers, since they belong to the weights; the config's are not, and no state dict changes them.
+    Measured ones are buffers, for they belong to the weights. The config's are none, and no state dict changes them.
     """
 
     mean: Tensor
@@ -23,14 +23,14 @@ class Standardisation(nn.Module):
     def __init__(self, config: VDVAEConfig) -> None:
         super().__init__()
         self.moments: tuple[float, float] | None = None
-        """The mean and the standard deviation, as numbers: a GPU divides by a tensor in another way, and would have to
-        be waited for."""
+        """The mean and standard deviation; None as long as nothing was measured. Numbers, not tensors: by those a GPU
+        divides with another rounding."""
         if config.input_mean is not None and config.input_std is not None:
             self.moments = config.input_mean, config.input_std
         self.is_given = self.moments is not None
         if not self.is_given:
             self.register_buffer("mean", torch.tensor(0.0))
-            self.register_buffer("std", torch.tensor(0.0))  # as long as nothing was measured
+            self.register_buffer("std", torch.tensor(0.0))  # until it is measured
         self.register_load_state_dict_pre_hook(_without_measured)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_read)  # type: ignore[no-untyped-call]
 

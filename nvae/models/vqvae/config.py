@@ -85,8 +85,8 @@ class VQVAEPriorConfig(ModelConfig):
     """How far samples of a class go away from those of none, w: logits are (1 + w) times the class's less w times
     none's."""
     posterior_temperature: float = Field(0.0, ge=0)
-    """0: an image has one code, and one draw its whole bound. Above: codes are drawn with probability
-    ∝ exp(−‖v − e‖² / (τ · mean smallest distance)), so that importance samples tighten the bound."""
+    """0: an image has one code, and one draw its whole bound. τ above: codes are drawn with probability
+    ∝ exp(−‖v − e‖² / (τ · mean smallest distance)), in training too, and importance samples tighten the bound."""
     train_decoder: bool = False
     """Whether the decoder of the image trains on beside the priors, the codes staying as they are."""
 

@@ -76,6 +76,7 @@ class VQVAE(Family[VQVAEConfig]):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config)
         self.density = density_of(config)
+        self.codes = config.quantiser.codes
         kind, channels = LIKELIHOODS[config.likelihood.kind], config.image_channels
         out = kind.params_per_pixel(config.likelihood, channels)
         self.network = Network(channels, out, config.shape, config.quantiser, config.factors)
@@ -143,7 +144,7 @@ class VQVAE(Family[VQVAEConfig]):
             quantiser.begin(vectors, first.seed, number)
             return chosen_nearest(number, quantiser, vectors)
 
-        images = next(iter(first.batches)).images[:FIRST]
+        images = torch.cat(list(first.images(FIRST)))
         self.network.quantise(self.encode(images).encoded, begun)
         self.after_skip()
 

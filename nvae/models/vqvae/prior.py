@@ -15,6 +15,7 @@ from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_di
 from ...core.errors import UserError
 from ..base import (
     Family,
+    FirstImages,
     LatentKind,
     Metrics,
     ModelConfig,
@@ -25,7 +26,7 @@ from ..base import (
     temperatures,
 )
 from .config import VQVAEPriorConfig
-from .model import VQVAE, Features, metrics_of, uniform_codes
+from .model import FIRST, VQVAE, Features, metrics_of, uniform_codes
 from .network import chosen_nearest
 from .pixelsnail import PixelSNAIL
 
@@ -36,12 +37,16 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
     config_type: ClassVar[type[ModelConfig]] = VQVAEPriorConfig
     latent_kind: ClassVar[LatentKind] = "discrete"
 
+    spread: Tensor
+    """(L,), the mean squared distance of each level's vectors from their codes, of the first images."""
+
     def __init__(self, config: VQVAEPriorConfig) -> None:
         """Raises UserError for a config that was not `built_on` a first stage."""
         super().__init__(config)
         if config.first_stage is None:
             raise UserError(f"model.codes: {config.codes} was not read; its first stage is part of a prior's config")
         self.first = VQVAE(config.first_stage)
+        self.codes = self.first.codes
         spread = config.posterior_temperature > 0 and self.first.density == "point"
         self.density = "bound" if spread else self.first.density
         maps = config.first_stage.maps
@@ -52,6 +57,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
                 if prior is not None
             }
         )
+        self.register_buffer("spread", torch.ones(len(maps)))
         self.first.requires_grad_(False)
         if config.train_decoder:
             for part in self._decoding():
@@ -74,11 +80,17 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         found, log_q = self._codes(features, noise, latents)
         indices = [quantised.indices for quantised in found]
         labels = self._known(features.labels, noise)
-        rates = [self._rate(level, indices, labels)[:, None] for level in range(len(indices))]
+        rates = torch.stack([self._rate(level, indices, labels) for level in range(len(indices))], dim=1)
         with torch.set_grad_enabled(self.config.train_decoder and torch.is_grad_enabled()):
             likelihood = self.first.likelihood(self.first.network.values(indices))
-        log_p = -torch.cat(rates, dim=1).sum(1)
-        return Output(likelihood, features.target, rates, log_q, log_p, z=[map_[:, None] for map_ in indices])
+        return Output(
+            likelihood,
+            features.target,
+            channel_kl=list(torch.split(rates + log_q, 1, dim=1)),
+            log_q=log_q.sum(1),
+            log_p=-rates.sum(1),
+            z=[map_[:, None] for map_ in indices],
+        )
 
     @torch.no_grad()
     def sample(
@@ -111,13 +123,24 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         return self.first.latent_shapes(n)
 
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
-        """Nats a code, summed over the levels, whose priors learn apart from each other (§4)."""
+        """Nats a code, summed over the levels, whose priors learn apart from each other (§4).
+
+        Where codes are drawn they are of the KL, which differs from the rate by what no weight can change.
+        """
         codes = torch.tensor([shape.height * shape.width for shape in self.first.config.maps]).to(output.kl)
         per_code = output.kl.mean(0) / codes
         loss = per_code.sum()
         if self.config.train_decoder:
             loss = loss + output.reconstruction.mean() / output.likelihood.dims / self.first.config.variance
         return loss, {"nats_per_code": per_code.detach(), **metrics_of(output)}
+
+    @torch.no_grad()
+    def begin(self, first: FirstImages) -> None:
+        """Measures how far vectors are from their codes, the unit of `posterior_temperature`."""
+        images = torch.cat(list(first.images(FIRST)))
+        found = self.first.network.quantise(self.first.encode(images).encoded)
+        distances = torch.stack([quantised.commitment for quantised in found]) * self.first.config.quantiser.dim
+        self.spread.copy_(distances.clamp(min=torch.finfo(distances.dtype).tiny))
 
     def take_in(self, source: Family[Any]) -> None:
         """Makes the first stage of a model of either stage, and the priors of levels that are not trained, its own."""
@@ -174,16 +197,16 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
     def _codes(
         self, features: Features, noise: Noise, latents: Sequence[Tensor] | None
     ) -> tuple[list[Quantised], Tensor]:
-        """Each level's codes, and log q of them all, (B,) nats."""
-        log_q = torch.zeros(len(features.target), device=features.target.device)
-        scale = self.config.posterior_temperature
+        """Each level's codes, and their log q, (B, L) nats."""
+        log_q = torch.zeros(len(features.target), len(noise), device=features.target.device)
+        scales = self.config.posterior_temperature * self.spread
 
         def drawn(number: int, quantiser: Quantiser, vectors: Tensor) -> Quantised:
-            indices, nats = drawn_near(quantiser, vectors, noise[number][:, 0], scale)
-            log_q.add_(nats)
+            indices, nats = drawn_near(quantiser, vectors, noise[number][:, 0], scales[number])
+            log_q[:, number] = nats
             return quantiser.chosen(vectors, indices)
 
-        otherwise = drawn if scale > 0 and not self.training else chosen_nearest
+        otherwise = drawn if self.config.posterior_temperature > 0 else chosen_nearest
         with exact_products(features.target.device):
             choice = self.first.choice(features, latents, otherwise)
             return self.first.network.quantise(features.encoded, choice), log_q
@@ -196,16 +219,13 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             yield coarse[-1].enlarge
 
 
-def drawn_near(quantiser: Quantiser, vectors: Tensor, noise: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Codes (B, h, w) drawn with probability ∝ exp(−‖v − e‖² / τ) for vectors (B, D, h, w), and their log q, (B,) nats.
-
-    τ is `scale` times an image's mean smallest distance (spec_vqvae §1).
-    """
+def drawn_near(quantiser: Quantiser, vectors: Tensor, noise: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (B, h, w) drawn with probability ∝ exp(−‖v − e‖² / τ), τ = `scale`, for vectors (B, D, h, w), by standard-
+    normal noise (B, h, w); and their log q, (B,) nats (spec_vqvae §1)."""
     batch, dim, height, width = vectors.shape
     distances = squared_distances(vectors.movedim(1, -1).reshape(-1, dim), quantiser.codebook)
     distances = distances.reshape(batch, height * width, -1)
-    mean = distances.amin(2).mean(1).clamp(min=1e-12)[:, None, None]
-    log_p = torch.log_softmax(-distances / (scale * mean), dim=2)
+    log_p = torch.log_softmax(-distances / scale, dim=2)
     uniform = torch.special.ndtr(noise.double()).reshape(batch, -1, 1)
     indices = (log_p.double().exp().cumsum(2) < uniform).sum(2).clamp(max=distances.shape[2] - 1)
     return indices.reshape(batch, height, width), log_p.gather(2, indices[:, :, None]).sum((1, 2))

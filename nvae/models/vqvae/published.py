@@ -6,12 +6,18 @@ network; of three, its bricks; and its PixelSNAIL. Codebooks and sums are (D, K)
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...bricks.causal import GatedBlock
+from ...bricks.likelihoods import MixtureEdge
 from ...bricks.quantiser import AveragedQuantiser
+from ...core.errors import UserError
+from ..base import Family, ModelConfig
 from ..renaming import load_renamed, renamed
+from .config import VQVAEConfig
+from .model import VQVAE
 from .network import Down, Level, Network, ResidualBlock, Up
 from .pixelsnail import PixelSNAIL
 
@@ -21,6 +27,53 @@ PLACES = "background"
 """Where each position is: a buffer of that PixelSNAIL, which the shape of the map gives."""
 MATRICES = ("codebook", "embed", "embed_avg")
 """What is (D, K) there."""
+
+
+FAMILY: type[Family[Any]] = VQVAE
+HALLMARKS = ("to_vq.weight", "quantize_conv_t.weight", "conv_3.weight")
+
+
+def is_published(content: dict[str, Any]) -> bool:
+    """True for the state dict of such a network."""
+    return any(name in content for name in HALLMARKS)
+
+
+def from_published(
+    content: dict[str, Any], edge: MixtureEdge = "published", config: ModelConfig | None = None
+) -> VQVAE:
+    """The model of a foreign state dict and the config of its recipe, in eval mode; its codebooks average as theirs do.
+
+    Raises UserError without a config, or where weights and config disagree.
+    """
+    if config is None:
+        raise UserError(
+            "a public VQ-VAE carries no hyper-parameters: give the config of its recipe, such as "
+            "configs/vqvae2_ffhq_256.yaml"
+        )
+    if not isinstance(config, VQVAEConfig):
+        raise UserError(f"config: its model is of family '{config.family}', the checkpoint is of family 'vqvae'")
+    if len(config.factors) not in FOREIGN:
+        raise UserError(f"config: model.factors has {len(config.factors)} levels, public checkpoints have 1 to 3")
+    if any(name.averages for name in FOREIGN[len(config.factors)]):
+        quantiser = config.quantiser.model_copy(update={"averages": "from_zero", "restart": 0.0})
+        config = config.model_copy(update={"quantiser": quantiser})
+    model = VQVAE(config)
+    load_network(model.network, content)
+    return model.eval()
+
+
+def origin(content: dict[str, Any]) -> dict[str, Any]:
+    """Nothing: a state dict says no more."""
+    return {}
+
+
+def content_of(model: VQVAE, origin: Mapping[str, Any], dataset: str | None = None) -> dict[str, Any]:
+    """The foreign state dict of a model. Raises UserError for a data set's name, and for one of more levels."""
+    if dataset is not None:
+        raise UserError("--dataset: a public VQ-VAE does not say what it was trained on, leave it out")
+    if len(model.network.levels) not in FOREIGN:
+        raise UserError(f"a model of {len(model.network.levels)} levels: public codes have 1 to 3")
+    return foreign_network(model.network)
 
 
 def load_network(network: Network, tensors: Mapping[str, Tensor]) -> None:

@@ -1,13 +1,15 @@
-"""Batch norms of a trained model folded into the convolutions beside them, for evaluation and sampling.
+"""A trained model for evaluation and sampling: the same numbers with less work.
 
 With fixed statistics a batch norm is one factor and one offset per channel. Before a 1×1 convolution or after any
-convolution it is part of that convolution's weight and bias; only one before an activation at a cell's start remains.
-On a CPU, separable cells, shift cells and other convolutions are then run by nvae/bricks/bottleneck.py.
+convolution it is folded into that convolution's weight and bias; only one before an activation at a cell's start
+remains. What a latent group's posterior takes of an image is computed once, however many the draws. On a CPU, separable
+cells and shift cells are then bottlenecks (nvae/bricks/bottleneck.py).
 
 Shapes: O outputs, I inputs of a group, k kernel side.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import pairwise
 from typing import TypeVar, cast
 
@@ -16,28 +18,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.convolution import Geometry
-from .bottleneck import Bottleneck, Convolution, available, takes
+from ..kernels.cpu.bottleneck import available
+from .bottleneck import Bottleneck
 from .cells import Cell, RegularOp, SeparableOp
-from .convolutions import Conv2d
+from .convolutions import Conv2d, EffectiveWeights
 from .flows import ShiftCell
+from .groups import LatentGroup
 from .normalisation import BatchNorm
 from .squeeze_excite import SCALE
 
 Old = TypeVar("Old", bound=nn.Module)
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> None:
-    """Makes a model in eval mode one for inference, in place; its parameters no longer train."""
+def for_inference(model: ModelT) -> ModelT:
+    """A copy of a model in eval mode, with the weights and statistics of now; the model itself where nothing folds.
+
+    Its parameters no longer train.
+    """
+    if not any(isinstance(module, Cell | LatentGroup) for module in model.modules()):
+        return model.eval()
+    model = deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, Cell):
             _fold_cell(module)
+    _replace(model, LatentGroup, FoldedGroup)
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and available():
         _replace(model, Cell, BottleneckCell, BottleneckCell.fits)
         _replace(model, ShiftCell, BottleneckShiftCell)
-        _replace(model, Conv2d, lambda convolution: Convolution(fixed(convolution)), Convolution.fits)
-    model.requires_grad_(False)
+    for name, value in list(vars(model).items()):
+        if isinstance(value, EffectiveWeights):
+            setattr(model, name, EffectiveWeights(model, besides=IN_CPP))
+    return model.requires_grad_(False)
 
 
 def _replace(
@@ -63,12 +77,39 @@ def _fold_cell(cell: Cell) -> None:
     cell.ops = nn.ModuleList(ops)
 
 
+class FoldedGroup(LatentGroup):
+    """A latent group with P(tap + M(state)) as P(tap + M's bias), once an image, plus one convolution of the state."""
+
+    def __init__(self, group: LatentGroup) -> None:
+        nn.Module.__init__(self)
+        self.is_first, self.is_vanilla = group.is_first, group.is_vanilla
+        self.residual_posterior, self.latent_channels = group.residual_posterior, group.latent_channels
+        for name, part in group.named_children():
+            self.add_module(name, part)
+        if not self.is_first:
+            self.merged = composed(self.posterior, self.merge)
+
+    def seen(self, features: Tensor) -> Tensor:
+        """The posterior's raw parameters (B, 2L, h, w), but for what the state adds."""
+        if self.is_first:
+            return features
+        assert self.merge.bias is not None
+        return cast(Tensor, self.posterior(features + self.merge.bias[:, None, None]))
+
+    def posterior_raws(self, tap: Tensor, state: Tensor, prior_raw: Tensor) -> list[Tensor]:
+        """As the group's; the tap is that of `seen`."""
+        if self.is_first:
+            return super().posterior_raws(tap, state, prior_raw)
+        raws = [self.merged(state), tap]
+        return [prior_raw, *raws] if self.residual_posterior else raws
+
+
 class BottleneckCell(nn.Module):
     """A folded cell of one depthwise-separable op."""
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()
-        self.cell = cell
+        self.skip = cell.skip
         op = cast(FoldedSeparableOp, cell.ops[0])
         self.bottleneck = Bottleneck(op.expand, op.spatial, op.project, gate=cell.squeeze_excite, scale=SCALE)
 
@@ -80,9 +121,7 @@ class BottleneckCell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        if takes(x):
-            return cast(Tensor, self.bottleneck(x, self.cell.skip(x)))
-        return cast(Tensor, self.cell(x))
+        return cast(Tensor, self.bottleneck(x, self.skip(x)))
 
 
 class BottleneckShiftCell(nn.Module):
@@ -96,14 +135,14 @@ class BottleneckShiftCell(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, L, h, w) -> (B, L, h, w), float32 or more."""
-        return cast(Tensor, self.bottleneck(z, z) if takes(z) else self.cell(z))
+        return cast(Tensor, self.bottleneck(z, z))
 
     def inverse(self, z: Tensor) -> Tensor:
         """The input that `forward` maps to z."""
         return self.cell.inverse(z)
 
 
-IN_CPP = (BottleneckCell, BottleneckShiftCell, Convolution)
+IN_CPP = (BottleneckCell, BottleneckShiftCell)
 """The parts of a folded model that hold their own weights for the C++ functions."""
 
 

@@ -9,9 +9,10 @@ from torch import nn
 
 from nvae.bricks.cells import ARCHITECTURES
 from nvae.bricks.convolutions import Conv2d
-from nvae.bricks.folding import fixed
+from nvae.bricks.inference import fixed
 from nvae.bricks.normalisation import BatchNorm
-from nvae.models.nvae.model import NVAE, NVAEConfig
+from nvae.models.nvae.config import NVAEConfig
+from nvae.models.nvae.model import NVAE
 
 
 def trained(config: NVAEConfig) -> NVAE:
