@@ -118,6 +118,7 @@ class Workload:
                 loss, _ = model.loss(output, progress=1.0)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
+                model.after_update(seed=0, step=0, progress=1.0)
 
         return update
 

@@ -72,14 +72,16 @@ class Quantised(NamedTuple):
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Within, products of float32 are neither autocast nor rounded to TF32."""
-    precision = torch.get_float32_matmul_precision()
+    """Within, products and convolutions of float32 are neither autocast nor rounded to TF32."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nvae.bricks.quantiser import (
     after_update,
     build_quantiser,
     discard,
+    exact_products,
     nearest,
     perplexity,
     squared_distances,
@@ -73,6 +74,20 @@ def test_autocast_does_not_move_a_choice() -> None:
         quantised = quantiser(v)
     assert quantised.indices.item() == 1
     assert quantised.output.dtype == torch.float32
+
+
+def test_within_exact_products_nothing_rounds_and_afterwards_all_is_as_it_was() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with exact_products(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def test_choices_and_values_keep_the_places_of_a_map() -> None:

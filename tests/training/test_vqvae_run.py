@@ -1,6 +1,7 @@
 """VQ-VAE through the same commands as every family: both stages trained, cut short, on two ranks, evaluated, drawn."""
 
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from entry_scripts import call, results_of
 from processes import start_ranks
 from tiny_run import TINY, checkpoint, column, differences, log
+from torch import nn
+from torch._dynamo.utils import counters
 
 from nvae.checkpoints.loading import load_model
 from nvae.core.config import apply_overrides
@@ -217,6 +220,16 @@ def test_a_posterior_temperature_gives_importance_samples(first: Path, tmp_path:
     assert call("evaluate", tmp_path / "prior", "--importance-samples", 10, "--limit", 20) == 0
     (entry,) = results_of(tmp_path / "prior").values()
     assert entry["estimates"]["bound_10"]["nats"] < entry["estimates"]["bound_1"]["nats"]
+
+
+def test_evaluation_is_compiled_where_asked_for(first: Path, prior: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    for folder in (first, prior):
+        torch._dynamo.reset()
+        counters.clear()
+        assert call("evaluate", folder, "--limit", 4, "--seed", 1, "--compile") == 0
+        assert counters["stats"]["unique_graphs"] > 0 and dict(counters["graph_break"]) == {}
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("arguments", [["--temperature", "0.7", "1,0"], ["reconstruct", "--groups", 1]])
