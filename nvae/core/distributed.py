@@ -146,8 +146,10 @@ def from_rank_zero(value: Any) -> Any:
 
 @torch.no_grad()
 def to_all_ranks(tensors: Iterable[Tensor]) -> None:
-    """Gives rank 0's numbers to the tensors of every rank, in place."""
-    for tensor in tensors if is_distributed() else ():
+    """Gives rank 0's numbers to the tensors of every rank, in place, where there are several."""
+    if not is_distributed():
+        return
+    for tensor in tensors:
         numbers = tensor.detach().contiguous()
         dist.broadcast(numbers, src=0)
         tensor.copy_(numbers)

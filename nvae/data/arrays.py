@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.errors import UserError
+from .labels import as_labels, unknown
 from .sources import Positions, Source, digest
 
 DAMAGE = (ValueError, OSError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error)
@@ -26,8 +27,17 @@ DAMAGE = (ValueError, OSError, EOFError, KeyError, SyntaxError, zipfile.BadZipFi
 class ArraySource(Source):
     """A uint8 array (N, H, W) or (N, H, W, 3) in memory."""
 
-    def __init__(self, array: np.ndarray, label: str, levels: int = 255, numbers: Positions | None = None) -> None:
+    def __init__(
+        self,
+        array: np.ndarray,
+        label: str,
+        levels: int = 255,
+        numbers: Positions | None = None,
+        classes: np.ndarray | None = None,
+    ) -> None:
+        """`label` is what images are called with their `numbers`; `classes`: (N,) int64, −1 where unknown."""
         assert array.dtype == np.uint8
+        self.classes = unknown(len(array)) if classes is None else classes
         self.array = array
         self.label = label
         self.levels = levels
@@ -44,7 +54,10 @@ class ArraySource(Source):
 
     def take(self, positions: Positions) -> Self:
         chosen = np.asarray(positions)
-        return type(self)(self.array[chosen], self.label, self.levels, self.numbers[chosen])
+        return type(self)(self.array[chosen], self.label, self.levels, self.numbers[chosen], self.classes[chosen])
+
+    def labels(self) -> np.ndarray:
+        return self.classes
 
     def stacked(self) -> np.ndarray:
         return self.array
@@ -64,14 +77,22 @@ class ArrayFile(Source):
     """
 
     def __init__(
-        self, path: Path, key: str | None = None, planar: bool = False, numbers: Positions | None = None
+        self,
+        path: Path,
+        key: str | None = None,
+        planar: bool = False,
+        numbers: Positions | None = None,
+        label_key: str | None = None,
     ) -> None:
+        """`label_key`: the array of their classes, in the same file; those of down-sampled ImageNet begin with 1."""
         self.path = path
+        self.label_key = label_key
         self.key = key
         self.planar = planar
         shape, dtype = _header(path, key)
         _check(shape, dtype, planar, self._label)
         self.sides = _sides(shape, planar)
+        self.total = shape[0]
         self.numbers = np.arange(shape[0]) if numbers is None else np.asarray(numbers)
 
     @property
@@ -89,7 +110,14 @@ class ArrayFile(Source):
         return Image.fromarray(np.ascontiguousarray(self._array[self.numbers[index]]))
 
     def take(self, positions: Positions) -> Self:
-        return type(self)(self.path, self.key, self.planar, self.numbers[np.asarray(positions)])
+        return type(self)(self.path, self.key, self.planar, self.numbers[np.asarray(positions)], self.label_key)
+
+    def labels(self) -> np.ndarray:
+        if self.label_key is None:
+            return unknown(len(self))
+        with _damage_named(self.path), np.load(self.path) as archive:
+            found = as_labels(archive[self.label_key], self.total, first=int(self.planar))
+        return found[self.numbers]
 
     def stacked(self) -> np.ndarray:
         return self._array if len(self) == len(self._array) else self._array[self.numbers]
@@ -172,6 +200,9 @@ class Joined(Source):
     @property
     def square(self) -> bool:
         return all(part.square for part in self.parts)
+
+    def labels(self) -> np.ndarray:
+        return np.concatenate([part.labels() for part in self.parts])
 
     def state(self) -> str:
         return digest(part.state() for part in self.parts)

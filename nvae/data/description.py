@@ -4,8 +4,9 @@ Shapes: N images, C channels, H W pixels.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ..core.errors import UserError
 from ..core.files import atomic_file
 from ..core.randomness import keyed_uniform
 from .config import DataConfig
 from .images import Images, spread
+from .labels import UNKNOWN
 from .sets import open_unread, own_splits
 from .splits import Split
 
+TRAIN_AND_TEST: tuple[Split, Split] = ("train", "test")
 FITTED_ON = 20_000
 """Training images that the histogram is fitted on, at most."""
 MEASURED_ON = 2_000
@@ -43,6 +47,8 @@ class Description:
     """Bits/dim of test images as PNG files, headers included."""
     measured: int
     """Test images that the figures are means over."""
+    classes: dict[Split, dict[int, int]] = field(default_factory=dict)
+    """How many images of each split are of each class, −1 where that is unknown."""
 
     def lines(self) -> list[str]:
         """The description for people; nats are of a whole image."""
@@ -53,16 +59,32 @@ class Description:
         return [
             f"images    {counts}",
             f"size      {height}×{width}, {channels} channel{'s' * (channels > 1)}",
+            *(
+                f"classes   {split} {_counted(classes)}"
+                for split, classes in self.classes.items()
+                if {*classes} - {UNKNOWN}
+            ),
             f"the scale against which results are read (over {self.measured:,} test images)",
             *(f"  {name:20} {bits:7.3f} bits/dim {bits * nats:10.1f} nats" for name, bits in scale.items()),
         ]
 
 
+def _counted(classes: dict[int, int]) -> str:
+    """Numbers of images by class, of the first twenty."""
+    known = sorted((label, count) for label, count in classes.items() if label != UNKNOWN)
+    shown = ", ".join(f"{label}: {count:,}" for label, count in known[:20])
+    more = f", … {len(known)} classes" if len(known) > 20 else ""
+    return shown + more + (f"; unknown: {classes[UNKNOWN]:,}" if UNKNOWN in classes else "")
+
+
 def describe(config: DataConfig, sheet: Path, seed: int = 0) -> Description:
     """Describes the configured set and writes a contact sheet (PNG) of its training images. Raises UserError."""
     opened = {split: open_unread(config, split) for split in own_splits(config)}
-    train, test = opened["train"], opened["test"]
-    write_sheet(train, sheet)
+    train, test = (opened[split] if split in opened else open_unread(config, split) for split in TRAIN_AND_TEST)
+    try:
+        write_sheet(train, sheet)
+    except OSError as error:
+        raise UserError(f"--describe: {sheet} cannot be written: {error.strerror or error}") from error
     highest = 1 if config.binarize else train.levels
     counts = histogram(_values(train, config.binarize, FITTED_ON, seed), highest)
     measured = torch.cat(list(_values(test, config.binarize, MEASURED_ON, seed)))
@@ -73,6 +95,7 @@ def describe(config: DataConfig, sheet: Path, seed: int = 0) -> Description:
         histogram=histogram_bits(counts, measured),
         png=png_bits(measured, binary=config.binarize),
         measured=len(measured),
+        classes={split: dict(Counter(images.labels.tolist())) for split, images in opened.items()},
     )
 
 

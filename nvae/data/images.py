@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,6 +66,11 @@ class Images(ABC):
         self.read_into(out, indices, crops)
         return out.permute(0, 3, 1, 2)
 
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N,) int64 classes, −1 where unknown; on the CPU."""
+        return torch.full((len(self),), -1)
+
     @property
     def size_mib(self) -> float:
         """Size of all images in memory, MiB."""
@@ -75,8 +81,9 @@ class Images(ABC):
 class InMemory(Images):
     """Images that are one uint8 tensor (N, C, H, W)."""
 
-    def __init__(self, pixels: Tensor, levels: int = 255) -> None:
+    def __init__(self, pixels: Tensor, levels: int = 255, labels: Tensor | None = None) -> None:
         assert pixels.dtype == torch.uint8 and pixels.dim() == 4
+        self.labels = torch.full((len(pixels),), -1) if labels is None else labels
         self.pixels = pixels
         self.levels = levels
         self.shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
@@ -149,4 +156,4 @@ def read_all(images: Images, progress: bool = False) -> InMemory:
             bar.update(len(span))
     if problems:
         raise BadImagesError(problems)
-    return InMemory(pixels, images.levels)
+    return InMemory(pixels, images.levels, images.labels)

@@ -62,7 +62,7 @@ class TrainingStream:
         for pixels, request in _fetched(self.images, requests, config, config.batch, self.device):
             if config.flip:
                 pixels = _flipped(pixels, request.indices, self.seed)
-            yield _finished(pixels, request.indices, self.images.levels, config, self.seed, "binarize")
+            yield _finished(pixels, request, self.images, config, self.seed, "binarize")
 
     def position(self, draw: int) -> int:
         """Place in the split of draw number `draw`."""
@@ -106,7 +106,7 @@ def evaluation_batches(
     places = (list(range(i, min(i + batch, last))) for i in range(first, last, batch))
     requests = (Request(positions=chosen, indices=chosen) for chosen in places)
     for pixels, request in _fetched(images, requests, config, batch, device):
-        yield _finished(pixels, request.indices, images.levels, config, seed, f"evaluation/{draw}")
+        yield _finished(pixels, request, images, config, seed, f"evaluation/{draw}")
 
 
 def _fetched(
@@ -131,11 +131,12 @@ def _flipped(pixels: Tensor, indices: list[int], seed: int) -> Tensor:
     return pixels.index_copy_(0, rows, pixels.index_select(0, rows).flip(3))
 
 
-def _finished(pixels: Tensor, indices: list[int], levels: int, config: DataConfig, seed: int, stream: str) -> Batch:
-    """Grey values in [0, 1] of uint8 pixels (B, C, H, W), binarised and padded as configured."""
+def _finished(pixels: Tensor, request: Request, images: Images, config: DataConfig, seed: int, stream: str) -> Batch:
+    """Grey values in [0, 1] of the uint8 pixels (B, C, H, W) of a request, binarised and padded as configured."""
+    indices = request.indices
     # Divided by a tensor: a division by a number becomes a product on a GPU, and differs in the last bit.
-    grey = pixels.to(torch.float32).div_(torch.tensor(float(levels), device=pixels.device))
+    grey = pixels.to(torch.float32).div_(torch.tensor(float(images.levels), device=pixels.device))
     if config.binarize:
         grey = (keyed_uniform(grey.shape, indices, seed, stream, grey.device) < grey).to(torch.float32)
-    labels = torch.full((len(indices),), -1, device=grey.device)
+    labels = images.labels[request.positions].to(grey.device)
     return Batch(F.pad(grey, (config.padding,) * 4) if config.padding else grey, indices, labels)

@@ -16,11 +16,12 @@ import numpy as np
 import torchvision
 
 from ..core.errors import UserError
-from .arrays import ArrayFile, ArraySource, Joined
+from .arrays import ArrayFile, ArraySource, Joined, array_names
 from .config import DataConfig
 from .databases import LmdbSource
 from .downloads import from_torchvision, is_free
 from .found import FIXED, SHAPED, Found, Opener
+from .labels import as_labels, label_array
 from .names import as_spelt_in
 from .own import is_file_of_images, own_images
 from .sources import FolderSource, Source, ZipSource, folder_listing, zip_members
@@ -68,7 +69,9 @@ def _digits(chosen: slice) -> Source:
     from sklearn.datasets import load_digits
 
     order = np.random.RandomState(0).permutation(1797)[chosen]
-    return ArraySource(load_digits().images[order].astype(np.uint8), "digits", levels=16)
+    found = load_digits()
+    classes = found.target[order].astype(np.int64)
+    return ArraySource(found.images[order].astype(np.uint8), "digits", levels=16, classes=classes)
 
 
 def mnist(path: Path, config: DataConfig) -> Splits | None:
@@ -79,20 +82,27 @@ def mnist(path: Path, config: DataConfig) -> Splits | None:
 
 
 def _mnist(path: Path, train: bool) -> ArraySource:
-    return ArraySource(from_torchvision(torchvision.datasets.MNIST, path, train=train).data.numpy(), "mnist")
+    found = from_torchvision(torchvision.datasets.MNIST, path, train=train)
+    return ArraySource(found.data.numpy(), "mnist", classes=as_labels(found.targets.numpy(), len(found.data)))
 
 
 def stacked_mnist(path: Path, config: DataConfig) -> Splits | None:
-    """Three MNIST digits as the colours of an image: colour c of image i is digit π_c(i), π_c fixed permutations."""
+    """Three MNIST digits as the colours of an image: colour c of image i is digit π_c(i), π_c fixed permutations.
+
+    Its class is the number that the three digits spell.
+    """
     if not (path / "MNIST").is_dir():
         return None
     return {"train": partial(_stacked_mnist, path, True), "test": partial(_stacked_mnist, path, False)}
 
 
 def _stacked_mnist(path: Path, train: bool) -> Source:
-    planes = _mnist(path, train).stacked()
+    digits = _mnist(path, train)
+    planes, classes = digits.stacked(), digits.labels()
     orders = [np.random.RandomState(colour).permutation(len(planes)) for colour in range(3)]
-    return ArraySource(np.stack([planes[order] for order in orders], axis=-1), "stacked_mnist")
+    spelt = sum(classes[order] * 10**place for order, place in zip(orders, (2, 1, 0), strict=True))
+    images = np.stack([planes[order] for order in orders], axis=-1)
+    return ArraySource(images, "stacked_mnist", classes=np.asarray(spelt))
 
 
 def omniglot(path: Path, config: DataConfig) -> Splits | None:
@@ -122,7 +132,8 @@ def cifar10(path: Path, config: DataConfig) -> Splits | None:
 
 
 def _cifar10(path: Path, train: bool) -> Source:
-    return ArraySource(from_torchvision(torchvision.datasets.CIFAR10, path, train=train).data, "cifar10")
+    found = from_torchvision(torchvision.datasets.CIFAR10, path, train=train)
+    return ArraySource(found.data, "cifar10", classes=as_labels(np.asarray(found.targets), len(found.data)))
 
 
 def imagenet(path: Path, config: DataConfig) -> Splits | None:
@@ -151,7 +162,8 @@ def _folder(folder: Path) -> Source:
 
 def _batches(files: list[Path], size: int) -> Source:
     """The batches of one size: those of 32×32 and of 64×64 may lie beside each other under the same names."""
-    parts = [ArrayFile(file, "data", planar=True) for file in files]
+    named = ((file, label_array("data", array_names(file))) for file in files)
+    parts = [ArrayFile(file, "data", planar=True, label_key=labels) for file, labels in named]
     fitting = [part for part in parts if part.sides == (size, size)]
     if not fitting:
         raise UserError(f"data.path: {files[0]} holds images of {parts[0].sides[0]} pixels a side, asked is {size}")

@@ -1,7 +1,7 @@
 """Anyone's own images: a folder, a file, a zip, an array or an LMDB, with splits of its own or a hold-out."""
 
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,13 @@ from .config import DataConfig
 from .databases import LmdbSource
 from .decoding import KINDS
 from .found import SHAPED, Found, Opener
+from .labels import by_folder_name, class_folders, first_folders, is_label_name, label_array
 from .names import SUFFIXES, Listing, as_spelt_in, is_hidden, is_image_name, may_hold_images, suffix_of, unread_note
 from .sources import FolderSource, Source, ZipSource, files_below, folder_listing, zip_members
 from .splits import Split, by_folder, by_split, hold_out, list_files, listed, spelt, spelt_array, told_apart
 
+CLASSED = ("images", "imagenet_32", "imagenet_64")
+"""Sets whose sub-folders may be classes."""
 PLACES = f"a folder of {KINDS} files, such a file, a .zip of them, a .npy or .npz array, or an LMDB"
 
 
@@ -31,25 +34,33 @@ def own_images(path: Path, config: DataConfig) -> Found:
         if not lists:
             raise UserError(f"data.lists: {config.lists} has no train.txt, validation.txt or test.txt")
         return Found(path, _listed(path, lists), SHAPED | {"lists"}, "images whose splits are listed")
-    parts, beside = _entries_by_split(path) if path.is_dir() else _members_by_split(path)
+    parts, beside = _entries_by_split(path, config) if path.is_dir() else _members_by_split(path)
     if parts:
         return Found(path, parts, SHAPED, "images with splits of their own", unread=tuple(beside))
     lists = list_files(path)
     if lists:
         return Found(path, _listed(path, lists), SHAPED, "images with lists of their splits beside them")
+    classes = _classes([path], config)
     splits: tuple[Split, ...] = ("test",) if config.holdout == 1 else ("train", "test")
-    held_out: dict[Split, Opener] = {split: partial(_held_out, path, config.holdout, split) for split in splits}
+    held_out: dict[Split, Opener] = {
+        split: partial(_held_out, path, classes, config.holdout, split) for split in splits
+    }
     return Found(path, held_out, SHAPED | {"holdout"}, "images without splits of their own")
 
 
-def _held_out(path: Path, fraction: float, split: Split) -> Source:
-    return hold_out(_all_of(path), fraction, split)
+def _held_out(path: Path, classes: Sequence[str], fraction: float, split: Split) -> Source:
+    return hold_out(_all_of(path, classes), fraction, split)
+
+
+def _classes(folders: Iterable[Path], config: DataConfig) -> list[str]:
+    """The classes that sub-folders are; none for sets whose sub-folders hold a thousand images each, or the like."""
+    return class_folders(folders) if config.name in CLASSED else []
 
 
 # --------------------------------------------------------------------------------------------------- splits of its own
 
 
-def _entries_by_split(path: Path) -> tuple[Mapping[Split, Opener], list[str]]:
+def _entries_by_split(path: Path, config: DataConfig) -> tuple[Mapping[Split, Opener], list[str]]:
     """Splits that are entries of a folder: train/, validation.lmdb, test.zip, …; and what lies beside them unread."""
     entries = [entry for entry in sorted(path.iterdir()) if not is_hidden(entry.name)]
     readable = [entry for entry in entries if entry.is_dir() or suffix_of(entry.name) in READERS]
@@ -63,7 +74,8 @@ def _entries_by_split(path: Path) -> tuple[Mapping[Split, Opener], list[str]]:
             unread += [f"{entry.name}/{name}" for name in files_below(entry) if is_image_name(name)]
         elif entry.is_file() and not splits.get(entry) and (is_image_name(entry.name) or may_hold_images(entry.name)):
             unread.append(entry.name)
-    return {split: partial(_all_of, entry, within=path) for split, entry in parts.items()}, unread
+    classes = _classes(parts.values(), config)
+    return {split: partial(_all_of, entry, classes, within=path) for split, entry in parts.items()}, unread
 
 
 def _members_by_split(path: Path) -> tuple[Mapping[Split, Opener], list[str]]:
@@ -72,11 +84,25 @@ def _members_by_split(path: Path) -> tuple[Mapping[Split, Opener], list[str]]:
         listing = Listing.of(zip_members(path))
         folders = by_folder(listing.images)
         unread = sorted({*listing.unread, *listing.images}.difference(*folders.values())) if folders else []
-        return {split: partial(ZipSource, path, names) for split, names in folders.items()}, unread
+        inside = {split: _below_the_split(names) for split, names in folders.items()}
+        classes = first_folders(name for names in inside.values() for name in names)
+        return {
+            split: partial(ZipSource, path, names, classes=by_folder_name(inside[split], classes))
+            for split, names in folders.items()
+        }, unread
     if suffix_of(path.name) == ".npz":
-        arrays = by_split((key, spelt_array(key), key) for key in array_names(path))
-        return {split: partial(ArrayFile, path, key) for split, key in arrays.items()}, []
+        keys = array_names(path)
+        arrays = by_split((key, None if is_label_name(key) else spelt_array(key), key) for key in keys)
+        return {
+            split: partial(ArrayFile, path, key, label_key=label_array(key, keys)) for split, key in arrays.items()
+        }, []
     return {}, []
+
+
+def _below_the_split(names: Sequence[str]) -> list[str]:
+    """Names without the folder that is their split and those above it."""
+    parts = [name.split("/") for name in names]
+    return ["/".join(part[next(i for i, word in enumerate(part) if spelt(word)) + 1 :]) for part in parts]
 
 
 def _listed(path: Path, lists: Mapping[Split, Path]) -> dict[Split, Opener]:
@@ -89,26 +115,25 @@ def _named(path: Path, lists: Mapping[Split, Path], split: Split) -> Source:
     names = [posixpath.normpath(name) for name in listed(lists, split)]
     if path.is_dir():
         is_exact = all((path / name).is_file() for name in names)
-        return FolderSource(path, names if is_exact else as_spelt_in(names, files_below(path)))
+        names = names if is_exact else as_spelt_in(names, files_below(path))
+        return FolderSource(path, names, classes=by_folder_name(names, class_folders([path])))
     if suffix_of(path.name) == ".zip":
-        return ZipSource(path, as_spelt_in(names, zip_members(path)))
+        members = zip_members(path)
+        names = as_spelt_in(names, members)
+        return ZipSource(path, names, classes=by_folder_name(names, first_folders(filter(is_image_name, members))))
     raise UserError(f"data.lists: names of images mean something in a folder or a zip, and {path} is neither")
 
 
 # ----------------------------------------------------------------------------------------------------- all of a place
 
 
-def _all_of(path: Path, within: Path | None = None) -> Source:
+def _all_of(path: Path, classes: Sequence[str] = (), within: Path | None = None) -> Source:
     """All images at a path; those of a folder are called by their place `within` another."""
     if path.is_dir() and not (path / "data.mdb").exists():
         prefix = "" if within is None else f"{path.relative_to(within).as_posix()}/"
         listing = folder_listing(path)
-        return _some(
-            FolderSource(
-                within or path, [prefix + name for name in listing.images], [prefix + name for name in listing.unread]
-            ),
-            path,
-        )
+        names, unread = ([prefix + name for name in found] for found in (listing.images, listing.unread))
+        return _some(FolderSource(within or path, names, unread, by_folder_name(listing.images, classes)), path)
     if path.is_dir():
         return LmdbSource.open(path)
     if is_image_name(path.name):
@@ -127,7 +152,8 @@ def _some(source: Source, path: Path) -> Source:
 
 def _zip(path: Path) -> Source:
     listing = Listing.of(zip_members(path))
-    return _some(ZipSource(path, listing.images, listing.unread), path)
+    classes = by_folder_name(listing.images, first_folders(listing.images))
+    return _some(ZipSource(path, listing.images, listing.unread, classes), path)
 
 
 def _npz(path: Path) -> Source:
@@ -139,12 +165,7 @@ def _npz(path: Path) -> Source:
             f"data.path: {path} holds the arrays {', '.join(keys) or '(none)'}; call the images 'images', or 'train' "
             "and 'test'"
         )
-    return ArrayFile(path, chosen[0])
-
-
-def is_label_name(name: str) -> bool:
-    """True for arrays of an .npz that name classes: labels, y, y_train, train_labels, …"""
-    return any(word in ("y", "label", "labels", "target", "targets") for word in name.lower().split("_"))
+    return ArrayFile(path, chosen[0], label_key=label_array(chosen[0], keys))
 
 
 READERS: dict[str, Callable[[Path], Source]] = {

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from .config import LOADING, DataConfig
 from .decoding import BadImage, Shaping
 from .depth import DoubtfulPixels
 from .found import Found
+from .labels import UNKNOWN
 from .named import SETS, find
 from .names import printable, unread_note
 from .processes import in_processes
@@ -140,7 +141,7 @@ def prepare(
     index = Index(
         settings=settings,
         levels=next(iter(sources.values())).levels,
-        splits={split: part.model_copy(update={"state": sources[split].state()}) for split, part in contents.items()},
+        splits={split: part.model_copy(update=_facts(sources[split])) for split, part in contents.items()},
         unread=unread_note([*found.unread, *dict.fromkeys(n for source in sources.values() for n in source.unread)]),
     )
     with _told(out / INDEX):
@@ -163,6 +164,11 @@ def verify(store: Path, *, processes: int | None = None, progress: bool = True) 
 
 
 # ----------------------------------------------------------------------------------------------------------- planning
+
+
+def _facts(source: Source) -> dict[str, object]:
+    """What the index says of a split's source."""
+    return {"state": source.state(), "labelled": bool((source.labels() != UNKNOWN).any())}
 
 
 def _settings(config: DataConfig, found: Found) -> Settings:
@@ -300,7 +306,7 @@ def _made(shard: ShardFile) -> dict[str, Any]:
 
 
 def _records(job: Job) -> tuple[list[Record], Remarks]:
-    records, remarks = [], Remarks([], [])
+    records, remarks, labels = [], Remarks([], []), job.source.labels()
     for i in range(len(job.source)):
         name = printable(job.source.name(i))
         with warnings.catch_warnings(record=True) as doubts:
@@ -313,7 +319,7 @@ def _records(job: Job) -> tuple[list[Record], Remarks]:
                 remarks.skipped.append((name, str(error)))
                 continue
         remarks.doubtful.extend((name, str(doubt.message)) for doubt in doubts)
-        records.append(encode(image, job.encoding))
+        records.append(replace(encode(image, job.encoding), label=int(labels[i])))
     return records, remarks
 
 

@@ -138,7 +138,7 @@ def _as_it_lies(images: Images) -> InMemory | None:
     planes = array[:, None] if array.ndim == 3 else np.moveaxis(array, -1, 1)
     if planes.shape[1:] != images.shape:
         return None
-    return InMemory(torch.from_numpy(np.array(planes, order="C")), images.levels)
+    return InMemory(torch.from_numpy(np.array(planes, order="C")), images.levels, images.labels)
 
 
 def _warn_of_a_part(config: DataConfig, split: Split, found: int) -> None:

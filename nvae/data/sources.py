@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..core.errors import UserError
 from .decoding import BadImage, Decoded, Shaping, decode
 from .images import Crop
+from .labels import unknown
 from .names import MAGIC, Listing, is_hidden, name_bytes, printable, suffix_of, with_slashes
 
 Positions = Sequence[int] | np.ndarray
@@ -53,6 +55,10 @@ class Source(ABC):
     def state(self) -> str:
         """Tells these images from others without decoding any: a digest of their names, lengths, checksums."""
 
+    def labels(self) -> np.ndarray:
+        """(N,) int64 classes of the images, −1 where unknown."""
+        return unknown(len(self))
+
     @property
     def square(self) -> bool:
         """True where all images are known to be square: no crop can show another part of them."""
@@ -82,10 +88,14 @@ def digest(lines: Iterable[str]) -> str:
 class FolderSource(Source):
     """Image files under a folder."""
 
-    def __init__(self, root: Path, names: Sequence[str], unread: Sequence[str] = ()) -> None:
+    def __init__(
+        self, root: Path, names: Sequence[str], unread: Sequence[str] = (), classes: np.ndarray | None = None
+    ) -> None:
+        """`classes`: (N,) int64, −1 where unknown."""
         self.root = root
         self.names = list(names)
         self.unread = unread
+        self.classes = unknown(len(self.names)) if classes is None else classes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -101,7 +111,12 @@ class FolderSource(Source):
         return decode(data)
 
     def take(self, positions: Positions) -> Self:
-        return type(self)(self.root, [self.names[i] for i in positions], self.unread)
+        return type(self)(
+            self.root, [self.names[i] for i in positions], self.unread, self.classes[np.asarray(positions)]
+        )
+
+    def labels(self) -> np.ndarray:
+        return self.classes
 
     def state(self) -> str:
         return digest(f"{name} {_length(self.root / name)}" for name in self.names)
@@ -157,10 +172,14 @@ def _begins_like_an_image(path: Path) -> bool:
 class ZipSource(Source):
     """Image files in a zip, whose names are spelt with "/"; of two members of one name the later counts."""
 
-    def __init__(self, path: Path, names: Sequence[str], unread: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path, names: Sequence[str], unread: Sequence[str] = (), classes: np.ndarray | None = None
+    ) -> None:
+        """`classes`: (N,) int64, −1 where unknown."""
         self.path = path
         self.names = list(names)
         self.unread = unread
+        self.classes = unknown(len(self.names)) if classes is None else classes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -179,7 +198,12 @@ class ZipSource(Source):
         return decode(data)
 
     def take(self, positions: Positions) -> Self:
-        return type(self)(self.path, [self.names[i] for i in positions], self.unread)
+        return type(self)(
+            self.path, [self.names[i] for i in positions], self.unread, self.classes[np.asarray(positions)]
+        )
+
+    def labels(self) -> np.ndarray:
+        return self.classes
 
     def state(self) -> str:
         _, members = self._opened
@@ -195,7 +219,7 @@ class ZipSource(Source):
         return file, {with_slashes(member.filename): member for member in file.infolist() if not member.is_dir()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "names": self.names, "unread": self.unread}
+        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
 
 def zip_members(path: Path) -> list[str]:
@@ -216,6 +240,7 @@ class Shaped(Decoded):
         self.levels = source.levels
         self.movable = movable
         self.shape = (shaping.channels, shaping.size, shaping.size)
+        self.labels = torch.from_numpy(source.labels())
 
     def __len__(self) -> int:
         return len(self.source)

@@ -3,7 +3,8 @@
     store.json                  format, version, settings; of every split its shards, their lengths and checksums, and
                                 the images that were left out, with reasons
     train-00000.safetensors     data (bytes,) uint8: the images one after another, lossless WebP or raw;
-                                ends (n,) int64: where each ends; sizes (n, 2): height, width; crc (n,): its CRC-32
+                                ends (n,) int64: where each ends; sizes (n, 2): height, width; crc (n,): its CRC-32;
+                                labels (n,) int64: its class, −1 where unknown; older stores have none
 
 Images are shaped already: shorter side `size`, and square unless the crop is random.
 
@@ -26,6 +27,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from ..core.config import Config
 from ..core.errors import UserError
@@ -33,6 +35,7 @@ from ..core.files import atomic_file
 from .config import LOADING, DataConfig
 from .decoding import DAMAGE, BadImage, Decoded, Shaping
 from .images import Crop
+from .labels import UNKNOWN, unknown
 from .splits import Split, choose
 
 FORMAT = "nvae-images"
@@ -79,6 +82,8 @@ class Contents(Config):
     """(name, reason) of the images that were left out."""
     doubtful: tuple[tuple[str, str], ...] = ()
     """(name, reason) of images that were taken and may not be what was meant."""
+    labelled: bool = False
+    """True where the class of some image is known."""
     state: str = ""
     """A digest of the images that it was made of; "" in stores that do not say."""
 
@@ -128,6 +133,7 @@ class Record:
     data: bytes
     size: tuple[int, int]
     """Height and width."""
+    label: int = UNKNOWN
 
 
 def encode(image: Image.Image, encoding: Encoding) -> Record:
@@ -158,6 +164,7 @@ def write_shard(path: Path, records: Sequence[Record], metadata: dict[str, str])
         "data": torch.frombuffer(bytearray(b"".join(record.data for record in records) or b"\0"), dtype=torch.uint8),
         "ends": torch.tensor(np.cumsum([len(record.data) for record in records]), dtype=torch.int64),
         "sizes": torch.tensor([record.size for record in records], dtype=torch.int32).reshape(-1, 2),
+        "labels": torch.tensor([record.label for record in records], dtype=torch.int64),
         "crc": torch.tensor([zlib.crc32(record.data) for record in records], dtype=torch.int64),
     }
     with atomic_file(path) as file:
@@ -177,6 +184,8 @@ class ShardFile:
             self._ends = np.concatenate([[0], self._file.get_tensor("ends")])
             self._sizes = self._file.get_tensor("sizes")
             self._crc = self._file.get_tensor("crc")
+            named = self._file.keys()
+            self.labels: np.ndarray = self._file.get_tensor("labels") if "labels" in named else unknown(len(self))
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: missing, damaged or truncated; prepare the set again ({error})") from error
 
@@ -247,9 +256,15 @@ class Store(Decoded):
         shards = [shard for part in parts for shard in part.shards]
         self.files = [shard.file for shard in shards]
         self.ends = np.cumsum([shard.images for shard in shards])
+        self.is_labelled = any(part.labelled for part in parts)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    @cached_property
+    def labels(self) -> Tensor:
+        parts = [self._shard(number).labels for number in range(len(self.files))] if self.is_labelled else []
+        return torch.from_numpy(np.concatenate(parts) if parts else unknown(len(self)))
 
     def square(self, index: int, crop: Crop) -> Image.Image:
         number, place = self._place(index)

@@ -235,7 +235,8 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
 
     def forward(self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None) -> Output:
         """Encodes and decodes images (B, C, H, W) in [0, 1], quantising them itself."""
-        return self.decode(self.encode(x, labels), noise=noise)
+        features = self.encode(x) if labels is None else self.encode(x, labels)
+        return self.decode(features, noise=noise)
 
     @abstractmethod
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:

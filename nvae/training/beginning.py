@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.distributed import check_same, to_all_ranks, world_size
+from ..core.distributed import check_same, is_distributed, to_all_ranks, world_size
 from ..core.randomness import keyed_normal
 from ..data.config import DataConfig
 from ..data.images import Images
@@ -32,7 +32,9 @@ def begin(state: TrainingState, images: Images, data: DataConfig, seed: int) -> 
     device = next(state.model.parameters()).device
     check_same(state.tensors(), device)
     state.begin(FirstImages(_FirstBatches(state.model, images, data, seed), len(images), seed))
-    to_all_ranks(state.tensors().values())  # GPUs may differ in the last bit
+    if is_distributed():  # their GPUs may differ in the last bit
+        to_all_ranks(state.tensors().values())
+        state.model.load_state_dict(state.model.state_dict())  # modules look at their buffers again
 
 
 @dataclass(frozen=True)

@@ -195,9 +195,9 @@ class Trainer:
         """Loss and metrics of the current micro-batch; the draws are keyed on its images' numbers."""
         state, indices = self.state, self.batch.indices
         noise = training_noise(self.model, indices, self.seed)
-        labels = self.batch.labels if self.model.config.classes else None
+        labels = (self.batch.labels,) if self.model.config.classes else ()
         with autocast(self.device, self.precision):
-            output: Output = model(self.batch.images, noise, labels)
+            output: Output = model(self.batch.images, noise, *labels)
         loss, metrics = self.model.loss(output, state.step / self.total_steps)
         if self._logs_at(state.step + 1):
             metrics |= group_metrics(output)

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from nvae.bricks.folding import fold
 from torch import Tensor
 
-from nvae.bricks.bottleneck import available
 from nvae.bricks.cells import BN_SWISH, Separable
 from nvae.bricks.groups import LatentGroup, Tower
+from nvae.bricks.inference import FoldedGroup
 from nvae.bricks.latents import kl_divergence
 
 
@@ -61,10 +60,12 @@ def test_without_flows_the_kl_is_that_of_its_normals(inputs: tuple[Tensor, Tenso
     torch.testing.assert_close(drawn.score.channel_kl, expected)
 
 
-@pytest.mark.skipif(not available(), reason="no C++ compiler")
-def test_a_group_that_runs_in_cpp_is_not_worth_compiling() -> None:
-    one = group().float()
-    assert one.worth_compiling
-    one.fold()
-    fold(one)
-    assert not one.worth_compiling
+@pytest.mark.parametrize("first", [False, True])
+def test_for_inference_a_group_says_the_same(first: bool, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    state, tap, noise = inputs
+    one = group(first=first, flows=1)
+    folded = FoldedGroup(one)
+    expected, found = one(state, one.seen(tap), noise, None), folded(state, folded.seen(tap), noise, None)
+    torch.testing.assert_close(found.state, expected.state)
+    for ours, theirs in zip(found.score, expected.score, strict=True):
+        torch.testing.assert_close(ours, theirs)

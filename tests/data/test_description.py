@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from stand_ins import noise
 
+from nvae.core.errors import UserError
 from nvae.data.config import DataConfig
 from nvae.data.description import describe, histogram, histogram_bits, png_bits, write_sheet
 from nvae.data.images import InMemory
@@ -78,3 +79,27 @@ def test_nats_are_of_a_whole_image(tmp_path: Path) -> None:
     lines = describe(DataConfig(name="digits", binarize=True), tmp_path / "sheet.png").lines()
     (uniform,) = (line for line in lines if "uniform" in line)
     assert f"{64 * math.log(2):.1f} nats" in uniform
+
+
+def test_a_set_whose_other_split_is_validation_is_described(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", train=noise(9, 8, 8), val=noise(5, 8, 8))
+    found = describe(DataConfig(path=tmp_path / "x.npz", size=8, channels=1), tmp_path / "sheet.png")
+    assert (found.counts, found.measured) == ({"train": 9, "validation": 5}, 5)
+
+
+def test_classes_are_counted(tmp_path: Path) -> None:
+    found = describe(DataConfig(name="digits"), tmp_path / "sheet.png")
+    assert sum(found.classes["test"].values()) == 297 and set(found.classes["train"]) == set(range(10))
+    assert any(line.startswith("classes   train 0: ") for line in found.lines())
+
+
+def test_of_unknown_classes_nothing_is_said(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", train=noise(9, 8, 8), test=noise(5, 8, 8))
+    lines = describe(DataConfig(path=tmp_path / "x.npz", size=8, channels=1), tmp_path / "sheet.png").lines()
+    assert not any(line.startswith("classes") for line in lines)
+
+
+def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--describe: .*sheet\.png cannot be written: [^\n]*$"):
+        describe(DataConfig(name="digits"), tmp_path / "file" / "sheet.png")

@@ -63,3 +63,11 @@ def test_a_mistake_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) ->
 def test_what_is_to_be_done_must_be_said(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words) == 2
     assert "one OUT, --verify or --describe is needed" in capsys.readouterr().err
+
+
+def test_describing_swallows_no_name_that_stands_behind_it() -> None:
+    image_folder(Path("images"), [f"{i}.png" for i in range(12)])
+    assert run("images", "--describe", "store", "size=16", "--processes", 1) == 0
+    assert Path("store").is_dir() and Path("contact_sheet.png").exists()
+    assert run("--describe", "store", "sheet.png") == 0
+    assert Path("sheet.png").exists()

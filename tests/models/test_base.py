@@ -57,6 +57,10 @@ def test_labels_are_as_many_as_images() -> None:
         model.encode(torch.rand(2, 3, 8, 8), torch.tensor([3, 4, 5]))
 
 
+def test_a_family_without_classes_need_not_know_of_labels() -> None:
+    linear_gaussian()(torch.rand(2, 3, 4, 4))  # its `encode` takes images alone
+
+
 # ------------------------------------------------------------------------------------------------- the first images
 
 

@@ -9,7 +9,7 @@ import torch
 from entry_scripts import call
 from torch import nn
 from torch._dynamo.utils import counters
-from toy_family import drawn
+from toy_family import Toy, ToyFeatures, drawn
 
 from nvae.checkpoints.loading import load_model
 from nvae.core.errors import UserError
@@ -57,6 +57,23 @@ def test_its_whole_is_compiled_for_training_where_it_names_no_parts(
     assert train(run_config(settings, "toy"), tmp_path) == "finished"
     assert counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_labels_reach_it_in_training_where_it_has_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
+) -> None:
+    seen: list[torch.Tensor | None] = []
+    original = Toy.encode
+
+    def encode(self: Toy, x: torch.Tensor, labels: torch.Tensor | None = None) -> ToyFeatures:
+        seen.append(labels)
+        return original(self, x, labels)
+
+    monkeypatch.setattr(Toy, "encode", encode)
+    model, few = {**CONFIG["model"], "classes": classes}, {"steps": 1, "device": "cpu"}
+    assert train(run_config({**CONFIG, "model": model, "train": few}, "toy"), tmp_path) == "finished"
+    assert (seen[0] is not None and seen[0].tolist() == [-1] * 50) if classes else seen[0] is None
 
 
 def test_its_checkpoint_loads(runs: Path) -> None:

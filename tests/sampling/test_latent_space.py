@@ -105,7 +105,7 @@ def test_a_traversal_passes_through_the_image_and_moves_one_group(model: NVAE, i
 
 def test_a_linear_model_interpolates_along_its_arc() -> None:
     toy = linear_gaussian()
-    images = torch.randn(2, 3, 4, 4)
+    images = torch.rand(2, 3, 4, 4)
     frames = interpolate(toy, images[:1], images[1:], 3)
     first, last = encode(toy, images).z[0]
     middle = spherical(first[None], last[None], 0.5)
@@ -129,4 +129,4 @@ def test_latents_that_are_not_normal_have_no_epsilon(images: Tensor) -> None:
         latent_kind = "discrete"
 
     with pytest.raises(UserError, match="Discrete: its latents are not Normal"):
-        encode(linear_gaussian(Discrete), torch.randn(1, 3, 4, 4))
+        encode(linear_gaussian(Discrete), torch.rand(1, 3, 4, 4))

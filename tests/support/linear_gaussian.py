@@ -1,5 +1,6 @@
 """A linear-Gaussian family: x = W z + s·noise, whose log-likelihood, posterior and ELBO are known in closed form.
 
+An image in [0, 1] stands for u = 20 (x − ½), which the formulas are about: densities are those of u.
 Its posterior is wrong on purpose (wider, and off by a constant), so that the bounds have a gap to close.
 Shapes: B batch, D = C·H·W numbers of an image, L latents.
 """
@@ -16,6 +17,16 @@ from nvae.bricks.likelihoods import Likelihood
 from nvae.models.base import Family, Metrics, ModelConfig, Noise, Output, Temperature, temperatures
 
 LATENTS, SPREAD, WIDER, OFF = 3, 0.3, 1.5, 0.1
+
+
+def numbers_of(x: Tensor) -> Tensor:
+    """u of images in [0, 1], float64."""
+    return 20 * (x.double() - 0.5)
+
+
+def images_of(u: Tensor) -> Tensor:
+    """The images in [0, 1] that stand for u."""
+    return u / 20 + 0.5
 
 
 class FixedNormal(Likelihood):
@@ -61,7 +72,7 @@ class LinearGaussian(Family[ModelConfig]):
     def exact_posterior(self, x: Tensor) -> torch.distributions.MultivariateNormal:
         precision = torch.eye(LATENTS, dtype=torch.float64) + self.matrix.T @ self.matrix / SPREAD**2
         covariance = torch.linalg.inv(precision)
-        mean = x.flatten(1).double() @ self.matrix @ covariance / SPREAD**2
+        mean = numbers_of(x).flatten(1) @ self.matrix @ covariance / SPREAD**2
         return torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
 
     def exact_log_prob(self, x: Tensor) -> Tensor:
@@ -69,7 +80,7 @@ class LinearGaussian(Family[ModelConfig]):
         dims = self.matrix.shape[0]
         covariance = self.matrix @ self.matrix.T + SPREAD**2 * torch.eye(dims, dtype=torch.float64)
         zero = torch.zeros(dims, dtype=torch.float64)
-        return torch.distributions.MultivariateNormal(zero, covariance).log_prob(x.flatten(1).double())
+        return torch.distributions.MultivariateNormal(zero, covariance).log_prob(numbers_of(x).flatten(1))
 
     def exact_elbo(self, x: Tensor) -> Tensor:
         """log p(x) − KL(q ‖ p(z|x)), (B,) nats."""
@@ -78,7 +89,7 @@ class LinearGaussian(Family[ModelConfig]):
         ours = torch.distributions.MultivariateNormal(mean, torch.diag_embed(sigma.square()))
         return self.exact_log_prob(x) - torch.distributions.kl_divergence(ours, posterior)
 
-    def encode(self, x: Tensor, labels: Tensor | None = None) -> Encoded:
+    def encode(self, x: Tensor) -> Encoded:
         self.encoded += 1
         exact = self.exact_posterior(x)
         q = Normal(exact.mean + OFF, WIDER * exact.variance.sqrt())
@@ -91,7 +102,7 @@ class LinearGaussian(Family[ModelConfig]):
         z = latents[0] if latents else q.draw(noise[0].double())
         return Output(
             likelihood=self._likelihood(z),
-            target=features.images.double(),
+            target=numbers_of(features.images),
             channel_kl=[kl_divergence(q, p).sum((2, 3))],
             log_q=q.log_prob(z).sum((1, 2, 3)),
             log_p=p.log_prob(z).sum((1, 2, 3)),
@@ -106,7 +117,6 @@ class LinearGaussian(Family[ModelConfig]):
         temperature: Temperature = 1.0,
         noise: Noise | None = None,
         latents: Sequence[Tensor] | None = None,
-        labels: Tensor | None = None,
     ) -> Likelihood:
         noise = [torch.randn(shape) for shape in self.latent_shapes(n)] if noise is None else noise
         return self._likelihood(latents[0] if latents else temperatures(temperature, 1)[0] * noise[0].double())
@@ -145,4 +155,4 @@ def draw_images(model: LinearGaussian, count: int) -> Tensor:
     z = torch.randn(count, LATENTS, generator=generator, dtype=torch.float64)
     clean = z @ model.matrix.detach().T
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-    return (clean + SPREAD * noise).reshape(count, 3, 4, 4)
+    return images_of(clean + SPREAD * noise).reshape(count, 3, 4, 4)

@@ -54,18 +54,18 @@ def rewrite(folder: Path, step: int, change: Callable[[dict[str, Any]], Any]) ->
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_run_begins_once_wherever_it_is_continued(tmp_path: Path, begun: list[FirstBatch], step: int) -> None:
-    assert run.train(tiny_run(), tmp_path) == 0
+    assert run.train(tiny_run(), tmp_path) == "finished"
     cut(tmp_path, step)
-    assert run.train(tiny_run(), tmp_path) == 0
+    assert run.train(tiny_run(), tmp_path) == "finished"
     assert len(begun) == 1
 
 
 def test_weights_of_another_run_need_no_beginning(tmp_path: Path, begun: list[FirstBatch]) -> None:
-    assert run.train(tiny_run(), tmp_path / "source") == 0
+    assert run.train(tiny_run(), tmp_path / "source") == "finished"
     warm = tiny_run(f"train.init_from={tmp_path / 'source' / 'tiny'}")
-    assert run.train(warm, tmp_path) == 0
+    assert run.train(warm, tmp_path) == "finished"
     cut(tmp_path, 0)
-    assert run.train(tiny_run(), tmp_path) == 0, "nor where it is continued by another command"
+    assert run.train(tiny_run(), tmp_path) == "finished", "nor where it is continued by another command"
     assert len(begun) == 1
 
 
@@ -74,22 +74,22 @@ def test_a_checkpoint_that_does_not_say_so_had_begun_after_its_first_update(
     tmp_path: Path, begun: list[FirstBatch], step: int, calls: int
 ) -> None:
     """Those of earlier versions."""
-    assert run.train(tiny_run(), tmp_path) == 0
+    assert run.train(tiny_run(), tmp_path) == "finished"
     cut(tmp_path, step)
     rewrite(tmp_path, step, lambda content: content["counters"].pop("begun"))
-    assert run.train(tiny_run(), tmp_path) == 0
+    assert run.train(tiny_run(), tmp_path) == "finished"
     assert len(begun) == calls
 
 
 def test_a_run_that_had_not_begun_ends_as_one_that_begins_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier versions began in the first update."""
-    assert run.train(tiny_run(*RES_ELU), tmp_path / "new") == 0
+    assert run.train(tiny_run(*RES_ELU), tmp_path / "new") == "finished"
     with monkeypatch.context() as patch:
         patch.setattr(NVAE, "begin", lambda self, first: None)
-        assert run.train(tiny_run(*RES_ELU), tmp_path / "old") == 0
+        assert run.train(tiny_run(*RES_ELU), tmp_path / "old") == "finished"
     cut(tmp_path / "old", 0)
     rewrite(tmp_path / "old", 0, lambda content: content["counters"].pop("begun"))
-    assert run.train(tiny_run(*RES_ELU), tmp_path / "old") == 0
+    assert run.train(tiny_run(*RES_ELU), tmp_path / "old") == "finished"
     assert log(tmp_path / "old" / "tiny") == log(tmp_path / "new" / "tiny")
 
 
@@ -107,7 +107,7 @@ def test_it_begins_with_the_images_and_the_noise_of_the_first_update(
         return original(self, x, noise, labels)
 
     monkeypatch.setattr(NVAE, "forward", forward)
-    assert run.train(tiny_run("train.steps=1", "data.global_batch=64"), tmp_path) == 0
+    assert run.train(tiny_run("train.steps=1", "data.global_batch=64"), tmp_path) == "finished"
     (first,), (images, noise) = begun, passes[0]
     assert torch.equal(first.images, images)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first.noise(), noise, strict=True))
@@ -117,7 +117,7 @@ def test_it_begins_with_the_images_and_the_noise_of_the_first_update(
 def test_the_images_can_be_read_again_and_know_their_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[FirstImages] = []
     monkeypatch.setattr(NVAE, "begin", lambda self, first: found.append(first))
-    assert run.train(tiny_run("train.steps=1", "seed=3"), tmp_path) == 0
+    assert run.train(tiny_run("train.steps=1", "seed=3"), tmp_path) == "finished"
     (first,) = found
     assert (first.epoch_size, first.seed) == (1500, 3)
     once, again = (torch.cat(list(first.images(100))) for _ in range(2))
@@ -128,7 +128,7 @@ def test_the_images_can_be_read_again_and_know_their_epoch(tmp_path: Path, monke
 
 
 def test_the_first_checkpoint_and_the_average_have_begun(tmp_path: Path) -> None:
-    assert run.train(tiny_run(*RES_ELU), tmp_path) == 0
+    assert run.train(tiny_run(*RES_ELU), tmp_path) == "finished"
     content = checkpoint(tmp_path / "tiny", 0)
     fresh = NVAE(tiny_run(*RES_ELU).model).state_dict()
     assert bool(content["model"]["started"])
@@ -159,7 +159,7 @@ def train_on_both(folder: Path) -> None:
             self.head.weight[0, 0, 0, 0] += 1e-6 * distributed.rank()
 
     NVAE.begin = begin  # type: ignore[method-assign]
-    assert run.train(tiny_run(*RES_ELU, "data.batch=16", "data.global_batch=64"), folder) == 0
+    assert run.train(tiny_run(*RES_ELU, "data.batch=16", "data.global_batch=64"), folder) == "finished"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,6 @@ def test_every_rank_is_given_what_all_of_them_take_in_a_pass(two: Path) -> None:
 
 def test_two_processes_begin_and_train_as_one(two: Path, tmp_path: Path) -> None:
     """Also where their results differ in the last bit: the first rank's is that of both."""
-    assert run.train(tiny_run(*RES_ELU, "data.batch=32", "data.global_batch=64"), tmp_path) == 0
+    assert run.train(tiny_run(*RES_ELU, "data.batch=32", "data.global_batch=64"), tmp_path) == "finished"
     assert differences(checkpoint(two / "tiny", 0)["model"], checkpoint(tmp_path / "tiny", 0)["model"]) == []
     assert column(two / "tiny", "loss") == pytest.approx(column(tmp_path / "tiny", "loss"), rel=1e-5)

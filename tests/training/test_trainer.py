@@ -216,9 +216,10 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path, monkeypatch: pytest.M
     norms: list[float] = []
     original = Trainer._update
 
-    def update(self: Trainer, norm: Tensor) -> None:
-        original(self, norm)
+    def update(self: Trainer, norm: Tensor) -> Any:
+        metrics = original(self, norm)
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])))
+        return metrics
 
     monkeypatch.setattr(Trainer, "_update", update)
     folder = trained(tmp_path, "optim.clip_norm=20")

@@ -99,7 +99,7 @@ def given(folder: Path) -> list[str]:
 
 
 def test_a_run_of_given_moments_is_that_of_the_same_ones_measured(trained: Path, tmp_path: Path) -> None:
-    assert run.train(config(*given(trained)), tmp_path) == 0
+    assert run.train(config(*given(trained)), tmp_path) == "finished"
     assert log(tmp_path / "tiny") == log(trained)
 
 
@@ -108,7 +108,7 @@ def test_a_run_whose_config_holds_its_moments_goes_on_without_them(trained: Path
     """Earlier versions wrote what they had measured into the config."""
     with pytest.raises(ConnectionAbortedError):
         run.train(config(*given(trained)), tmp_path)
-    assert run.train(config(), tmp_path) == 0
+    assert run.train(config(), tmp_path) == "finished"
     assert log(tmp_path / "tiny") == log(trained)
     assert not [name for name in checkpoint(tmp_path / "tiny")["model"] if name.startswith("input")]
 
@@ -120,8 +120,10 @@ def test_a_warm_start_takes_the_moments_that_belong_to_the_weights(
     source = trained
     if not measured:
         source = tmp_path / "source" / "tiny"
-        assert run.train(config("model.input_mean=60", "model.input_std=90", "train.steps=1"), source.parent) == 0
-    assert run.train(config(f"train.init_from={source}", "train.steps=1"), tmp_path) == 0
+        assert (
+            run.train(config("model.input_mean=60", "model.input_std=90", "train.steps=1"), source.parent) == "finished"
+        )
+    assert run.train(config(f"train.init_from={source}", "train.steps=1"), tmp_path) == "finished"
     assert moments(tmp_path / "tiny") == moments(source)
 
 

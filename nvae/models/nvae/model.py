@@ -68,7 +68,7 @@ class TopDownPass(TopDown):
         return Normal.from_sum([self._raw()], temperature)
 
     def posterior(self) -> Normal:
-        """(n, L, h, w), of the draw before the flows; `flowed` makes of it the z that may enter, of equal density."""
+        """(n, L, h, w), of the draw before the flows; `flowed` makes the z of it, which has the same density."""
         return Normal.from_sum(self._group.posterior_raws(self._tap, self.state, self._raw()))
 
     def flowed(self, drawn: Tensor) -> Tensor:
@@ -145,6 +145,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
         self.weights = EffectiveWeights(self)
         self.spectral = SpectralPenalty(self.weights.shapes)
+        # False until `begin` has set what starts from data.
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
         self.recompute = False
 

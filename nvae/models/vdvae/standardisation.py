@@ -51,14 +51,14 @@ class Standardisation(nn.Module):
 
 
 def _without_measured(module: Standardisation, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state is loaded where the config gives the numbers."""
+    """Takes measured numbers out of a state that is about to be loaded, where the config gives its own."""
     if module.is_given:
         for name in ("mean", "std"):
             state.pop(prefix + name, None)
 
 
 def _read(module: Standardisation, _: Any = None) -> None:
-    """The numbers from the buffers, after they may have changed."""
+    """Reads the numbers from the buffers, which may have changed."""
     if not module.is_given:
         mean, std = float(module.mean), float(module.std)
         module.moments = (mean, std) if std > 0 else None
