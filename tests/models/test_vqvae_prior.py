@@ -193,14 +193,18 @@ def test_classes_reach_every_level(first: VQVAE) -> None:
 
 
 def test_in_training_an_images_noise_decides_whether_its_class_counts(first: VQVAE) -> None:
-    model, x = prior(first, classes=3, label_dropout=0.5), images(4)
-    labels = torch.tensor([0, 1, 2, 0])
-    noise = [torch.randn(shape) for shape in model.latent_shapes(4)]
-    noise[0].fill_(1.0)[1:3] = -1.0
-    trained = model.train()(x, noise, labels).kl
-    seen = torch.tensor([0, -1, -1, 0])
-    torch.testing.assert_close(trained, model.eval()(x, noise, seen).kl)
-    torch.testing.assert_close(model(x, noise, labels).kl[[0, 3]], trained[[0, 3]])
+    model, x = prior(first, classes=3, label_dropout=0.3).train(), images(1).expand(2000, 1, 4, 4)
+    noise = [torch.randn(shape) for shape in model.latent_shapes(2000)]
+    known, unknown = (model.eval()(x[:1], labels=torch.tensor([label])).kl[0, 0] for label in (1, -1))
+    trained = model.train()(x, noise, torch.ones(2000, dtype=torch.int64)).kl[:, 0]
+    dropped = torch.isclose(trained, unknown)
+    assert torch.isclose(trained[~dropped], known).all()
+    assert 0.25 < dropped.float().mean() < 0.35
+    part = [epsilon[500:600] for epsilon in noise]
+    again = model(x[:100], part, torch.ones(100, dtype=torch.int64)).kl[:, 0]
+    torch.testing.assert_close(again, trained[500:600])
+    evaluated = model.eval()(x[:100], part, torch.ones(100, dtype=torch.int64)).kl[:, 0]
+    assert torch.isclose(evaluated, known).all()
 
 
 def test_labels_of_a_model_without_classes_are_refused(first: VQVAE) -> None:

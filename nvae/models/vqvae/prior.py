@@ -187,11 +187,14 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             return prior.nats(indices[level], prior.condition(indices[:level], labels))
 
     def _known(self, labels: Tensor | None, noise: Noise) -> Tensor | None:
-        """The labels; in training a part of them counts as unknown, which an image's own noise decides."""
+        """The labels; in training a part of them counts as unknown, which an image's own noise decides.
+
+        It is the digits of its first number that no draw of a code depends on.
+        """
         if labels is None or not self.training:
             return labels
-        dropped = torch.special.ndtr(noise[0].flatten(1)[:, 0].double()) < self.config.label_dropout
-        return labels.masked_fill(dropped, -1)
+        share = torch.frac(2.0**12 * noise[0].flatten(1)[:, 0].abs())
+        return labels.masked_fill(share < self.config.label_dropout, -1)
 
     @torch.no_grad()
     def _codes(
