@@ -151,7 +151,7 @@ class Evaluator:
         require_images(images, self.model.config.image_channels, self.model.config.image_size)
         if len(indices) != len(images):
             raise UserError(f"indices: there are {len(indices)} for {len(images)} images")
-        features = self.model.encode(images, labels if self.model.config.classes else None)
+        features = self.model.encode(images, *((labels,) if self.model.config.classes else ()))
         found: list[_Draws] = []
         done = 0
         while done < self.samples:

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
+from torch._dynamo import exc as dynamo_errors
 from torch.fx.experimental import _config as shapes
 
 from . import operations
@@ -41,6 +42,12 @@ FAIL_AT_LIMIT = (
     "fail_on_recompile_limit_hit" if hasattr(dynamo, "fail_on_recompile_limit_hit") else "fail_on_cache_limit_hit"
 )
 """Dynamo's name for the choice of an error there, likewise."""
+LIMIT_HIT: type[Exception] = next(
+    getattr(dynamo_errors, name)
+    for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
+    if hasattr(dynamo_errors, name)
+)
+"""Dynamo's name for that error, likewise."""
 
 
 def compile_each(modules: Iterable[nn.Module]) -> None:
@@ -94,7 +101,10 @@ def fused(
                 return function(*args, **kwargs)
             kind = (torch.get_num_threads(), torch.is_autocast_enabled(), *map(_kind, args))
             if kind in met:
-                return compiled(*args, **kwargs)
+                try:
+                    return compiled(*args, **kwargs)
+                except LIMIT_HIT:  # somebody has emptied the compiler's memory
+                    met.clear()
             result = made(*args, **kwargs)
             met.add(kind)
             return result

@@ -105,9 +105,9 @@ class Watcher:
         """Images above their reconstructions, and mean images of samples at four temperatures: (C, H, W) in [0, 1]."""
         batch = next(iter(evaluation_batches(self.images, self.data, batch=count, device=self.device, seed=self.seed)))
         noise = keyed_normal(model.latent_shapes(count), range(count), self.seed, "pictures", self.device)
-        labels = batch.labels if model.config.classes else None
+        labels = (batch.labels,) if model.config.classes else ()
         first = [numbers[: len(batch.indices)] for numbers in noise]
-        reconstructions = model(batch.images, first, labels).likelihood.mean()
+        reconstructions = model(batch.images, first, *labels).likelihood.mean()
         pictures = {"reconstructions": make_grid(torch.cat([batch.images, reconstructions]), nrow=len(batch.indices))}
         for temperature in TEMPERATURES:
             samples = model.sample(count, temperature, noise).mean()

@@ -36,3 +36,21 @@ def test_a_view_is_a_kind_of_call_of_its_own() -> None:
         for x in (view, view, alone, alone, view):
             assert torch.equal(doubled(x), 2 * x)
     torch._dynamo.reset()
+
+
+def test_a_compiler_that_has_forgotten_everything_makes_kernels_anew() -> None:
+    """However many kinds of calls there were before."""
+
+    @fused(dynamic=False, least=0)
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    inputs = [torch.randn(1, 1, 2, size) for size in range(2, 6)]
+    with torch.no_grad():
+        for x in inputs:
+            doubled(x)
+        torch._dynamo.reset()
+        with dynamo.patch({RECOMPILE_LIMIT: 1}):
+            for x in inputs:
+                assert torch.equal(doubled(x), 2 * x)
+    torch._dynamo.reset()

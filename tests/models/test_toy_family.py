@@ -73,7 +73,10 @@ def test_labels_reach_it_in_training_where_it_has_classes(
     monkeypatch.setattr(Toy, "encode", encode)
     model, few = {**CONFIG["model"], "classes": classes}, {"steps": 1, "device": "cpu"}
     assert train(run_config({**CONFIG, "model": model, "train": few}, "toy"), tmp_path) == "finished"
-    assert (seen[0] is not None and seen[0].tolist() == [-1] * 50) if classes else seen[0] is None
+    if classes:
+        assert seen[0] is not None and seen[0].shape == (50,) and set(seen[0].tolist()) <= set(range(10))
+    else:
+        assert seen[0] is None
 
 
 def test_its_checkpoint_loads(runs: Path) -> None:
