@@ -58,6 +58,7 @@ def compile_each(modules: Iterable[nn.Module]) -> None:
     setattr(dynamo, RECOMPILE_LIMIT, KINDS_OF_CALLS)
     setattr(dynamo, FAIL_AT_LIMIT, True)
     for module in modules:
+        operations.load_all(next((weight.device.type for weight in module.parameters()), "cpu"))
         module.compile(dynamic=False)
 
 

@@ -11,7 +11,7 @@ function, which is always there.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, update_wrapper
+from functools import update_wrapper
 from importlib import import_module
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
@@ -188,9 +188,19 @@ def settle(device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
             operation._trusted[device.type, dtype] = tuple(map(operation.implementation, everywhere))
 
 
-@cache
+_loaded: dict[str, Implementation] = {}
+
+
 def load(implementation: str) -> Implementation:
     """The function that an entry of the table names."""
-    module, _, function = implementation.partition(":")
-    found: Implementation = getattr(import_module(f"{__package__}.{module}"), function)
-    return found
+    if implementation not in _loaded:
+        module, _, function = implementation.partition(":")
+        _loaded[implementation] = getattr(import_module(f"{__package__}.{module}"), function)
+    return _loaded[implementation]
+
+
+def load_all(device_type: str) -> None:
+    """Loads what the table names for a type of device, so that compilers find it loaded."""
+    for known in _operations.values():
+        for name in TABLE[known.name].get(device_type, ()):
+            known.implementation(name)
