@@ -8,6 +8,7 @@ Exit codes: 0 finished, 2 something to fix (one line says what), 75 interrupted 
 
 import argparse
 from argparse import Namespace
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from ..core.config import describe, dump_yaml
 from ..models.registry import build
 from ..training.config import AnyRunConfig, config_type, read_run_config
+from ..training.folder import RunFolder, inside
 from ..training.run import train
 from ..training.setup import built_on, foundation_of, images_per_update
 from .command import EXIT_INTERRUPTED, command
@@ -39,7 +41,8 @@ def run() -> int:
     elif args.dry_run:
         print(dry_run(config))
     else:
-        return 0 if train(config) == "finished" else EXIT_INTERRUPTED
+        folder = RunFolder(inside(Path("runs"), config.name))
+        return 0 if train(config, folder) == "finished" else EXIT_INTERRUPTED
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.distributed import check_same, is_distributed, to_all_ranks, world_size
+from ..core.distributed import is_distributed, to_all_ranks, world_size
 from ..core.randomness import keyed_normal
 from ..data.config import DataConfig
 from ..data.images import Images
@@ -25,12 +25,7 @@ def training_noise(model: Family[Any], indices: list[int], seed: int) -> list[Te
 
 
 def begin(state: TrainingState, images: Images, data: DataConfig, seed: int) -> None:
-    """Lets the family of a new run set what starts from its first images: on every rank, with rank 0's result.
-
-    Raises UserError when ranks start from different numbers.
-    """
-    device = next(state.model.parameters()).device
-    check_same(state.tensors(), device)
+    """Lets the family of a new run set what starts from its first images: on every rank, with rank 0's result."""
     state.begin(FirstImages(_FirstBatches(state.model, images, data, seed), len(images), seed))
     if is_distributed():  # their GPUs may differ in the last bit
         to_all_ranks(state.tensors().values())

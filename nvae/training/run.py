@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -13,14 +12,14 @@ from ..core.memory import ran_out_of_memory
 from ..core.precision import Precision, allow_tf32, precision_on
 from .config import AnyRunConfig
 from .content import IMAGES, text_of
-from .folder import RunFolder, inside
+from .folder import RunFolder
 from .interruption import Interruption
 from .setup import images_per_update, ready
 from .trainer import Outcome
 
 
-def train(config: AnyRunConfig, runs: Path = Path("runs")) -> Outcome:
-    """Trains, or continues, the run of a config in runs/<name>. Says how it ended.
+def train(config: AnyRunConfig, folder: RunFolder) -> Outcome:
+    """Trains, or continues, the run of a config in its folder. Says how it ended.
 
     A refused one leaves every file of the run as it was. A rank that fails leaves without a farewell, which the others
     might never answer.
@@ -30,7 +29,6 @@ def train(config: AnyRunConfig, runs: Path = Path("runs")) -> Outcome:
         device = distributed.start(kind, config.train.timeout_minutes)
         precision = precision_on(device, config.train.precision)
         allow_tf32(precision)
-        folder = RunFolder(inside(runs, config.name))
         with folder.locked(), _failures_recorded(folder, config):
             outcome = _train_in(folder, config, device, precision, interruption)
         distributed.stop()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoints.loading import load_checkpoint
-from ..core.distributed import rank, world_size
+from ..core.distributed import check_same, rank, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision, computed_in
 from ..data.loading import TrainingStream
@@ -46,7 +46,8 @@ def ready(
 ) -> Ready:
     """The run of a config where its newest checkpoint left it, or at its start, in a precision that the device has.
 
-    No file is changed. Raises UserError for whatever stands in the way of training as asked.
+    No file is changed. Raises UserError for whatever stands in the way of training as asked, ranks that would start
+    from different numbers among it.
     """
     require_same_config(config.model_dump(mode="json"))
     saved = folder.newest()
@@ -56,7 +57,7 @@ def ready(
     images, held_out = open_images(data, "train"), open_images(data, "validation")
     content = content_of({"train": images, "validation": held_out})
     earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
-    source = _source(config) if saved is None and config.train.init_from is not None else None
+    source = _source(config) if saved is None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
     foundation = foundation_of(config)
     config = built_on(config, foundation)
@@ -75,6 +76,7 @@ def ready(
         _start_from(source, state)
     if foundation is not None:
         state.model.take_in(foundation)
+    check_same(state.tensors(), device)
     if not state.begun:
         begin(state, images, data, seed)
     if config.train.compile:
@@ -89,6 +91,7 @@ def ready(
         Watcher(held_out, data, importance_samples=config.train.validation_samples, seed=seed, device=device),
         interruption,
         accumulation=images_per_update(config) // (data.batch * world_size()),
+        precision=precision,
         resolved_config=resolved,
     )
     notes = [f"changed since the last checkpoint: {note}" for note in notes]
@@ -124,14 +127,10 @@ def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> 
     )
 
 
-def _source(config: AnyRunConfig) -> Family[Any]:
-    """The model whose weights a new run starts from, of any checkpoint."""
+def _source(config: AnyRunConfig) -> Family[Any] | None:
+    """The model whose weights a new run starts from, of any checkpoint; None where it starts from none."""
     path, model = config.train.init_from, config.model
-    assert path is not None
-    try:
-        return load_checkpoint(path, model, mixture_edge=model.likelihood.edge, weights="raw").model
-    except UserError as error:
-        raise UserError(f"train.init_from: {error}") from error
+    return _model_at(path, "train.init_from", model, mixture_edge=model.likelihood.edge, weights="raw")
 
 
 def _start_from(source: Family[Any], state: TrainingState) -> None:
@@ -146,11 +145,15 @@ def _start_from(source: Family[Any], state: TrainingState) -> None:
 
 def foundation_of(config: AnyRunConfig) -> Family[Any] | None:
     """The model that becomes a part of the run's; None where there is none, or where it already is one."""
-    path = config.model.foundation
+    return _model_at(config.model.foundation, f"the model that model.family={config.model.family} is built on")
+
+
+def _model_at(path: str | None, purpose: str, *args: Any, **options: Any) -> Family[Any] | None:
+    """The model of a checkpoint, if one is named; what is wrong with it is told with what it is for."""
     try:
-        return None if path is None else load_checkpoint(path).model
+        return None if path is None else load_checkpoint(path, *args, **options).model
     except UserError as error:
-        raise UserError(f"the model that model.family={config.model.family} is built on: {error}") from error
+        raise UserError(f"{purpose}: {error}") from error
 
 
 def built_on(config: AnyRunConfig, foundation: Family[Any] | None) -> AnyRunConfig:

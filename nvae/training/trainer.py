@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.config import Config, flat
-from ..core.distributed import check_same, check_same_state, is_distributed, rank, sum_over_ranks, world_size
+from ..core.distributed import check_same_state, is_distributed, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
 from ..core.memory import peak_mib
-from ..core.precision import Precision, autocast, precision_on
+from ..core.precision import Precision, autocast
 from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
 from ..kernels.operations import Mode
@@ -97,22 +97,21 @@ class Trainer:
         interruption: Interruption,
         *,
         accumulation: int,
+        precision: Precision,
         resolved_config: dict[str, Any],
     ) -> None:
-        """`accumulation`: micro-batches per update. `resolved_config` goes into every checkpoint.
+        """`accumulation`: micro-batches per update; `precision`: one that the device has; all ranks hold the same state.
 
-        Raises UserError when ranks start from different numbers, and for a precision that the device lacks.
+        `resolved_config` goes into every checkpoint.
         """
         self.state, self.stream, self.schedule, self.config = state, stream, schedule, config
         self.folder, self.tracker, self.watcher, self.interruption = folder, tracker, watcher, interruption
-        self.accumulation, self.resolved_config = accumulation, resolved_config
+        self.accumulation, self.precision, self.resolved_config = accumulation, precision, resolved_config
         self.model, self.seed, self.total_steps = state.model, stream.seed, schedule.total_steps
         self.device = next(self.model.parameters()).device
-        self.precision = precision_on(self.device, config.precision)
         self.images_per_step = stream.config.batch * world_size() * accumulation
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.buffers = BufferCopy(self.model)
-        check_same(state.tensors(), self.device)  # before DDP hands out those of rank 0
         self.parallel = _parallel(self.model, self.device)
         self.stopping = False
 

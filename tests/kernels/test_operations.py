@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_run import column, tiny_run
+from tiny_run import column, tiny_run, train_in
 from torch import Tensor
 
 import nvae.models.nvae.model  # noqa: F401, every operation is there
 from nvae.kernels import operations, verdicts
 from nvae.kernels.operations import TABLE, Operation, load, operation, settle, using
-from nvae.training.run import train
 
 CPU = torch.device("cpu")
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -168,8 +167,8 @@ def test_the_losses_of_a_run_with_a_wrong_kernel_are_those_of_plain(
     for name in TABLE:
         monkeypatch.setitem(TABLE, name, {"cpu": ("wrong:convolution",)} if name == "convolution" else {})
     with pytest.warns(UserWarning, match=r"convolution \(wrong:convolution\) .* is left out"):
-        train(tiny_run("name=wrong"), tmp_path)
-    train(tiny_run("name=plain", "train.kernels=plain"), tmp_path)
+        train_in(tmp_path, tiny_run("name=wrong"))
+    train_in(tmp_path, tiny_run("name=plain", "train.kernels=plain"))
     operations.use("auto")
     assert column(tmp_path / "wrong", "loss") == column(tmp_path / "plain", "loss")
 

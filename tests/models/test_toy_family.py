@@ -17,7 +17,7 @@ from nvae.evaluation.bounds import Evaluator
 from nvae.sampling.images import sample_images
 from nvae.sampling.latent_space import reconstruct
 from nvae.training.config import run_config
-from nvae.training.run import train
+from tiny_run import train_in
 
 CONFIG = {
     "name": "toy",
@@ -36,7 +36,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    assert train(run_config(CONFIG, "toy"), folder) == "finished"
+    assert train_in(folder, run_config(CONFIG, "toy")) == "finished"
     return folder
 
 
@@ -54,7 +54,7 @@ def test_its_whole_is_compiled_for_training_where_it_names_no_parts(
     torch._dynamo.reset()
     counters.clear()
     settings = {**CONFIG, "train": {"steps": 2, "device": "cpu", "compile": True}}
-    assert train(run_config(settings, "toy"), tmp_path) == "finished"
+    assert train_in(tmp_path, run_config(settings, "toy")) == "finished"
     assert counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
 
@@ -72,7 +72,7 @@ def test_labels_reach_it_in_training_where_it_has_classes(
 
     monkeypatch.setattr(Toy, "encode", encode)
     model, few = {**CONFIG["model"], "classes": classes}, {"steps": 1, "device": "cpu"}
-    assert train(run_config({**CONFIG, "model": model, "train": few}, "toy"), tmp_path) == "finished"
+    assert train_in(tmp_path, run_config({**CONFIG, "model": model, "train": few}, "toy")) == "finished"
     if classes:
         assert seen[0] is not None and seen[0].shape == (50,) and set(seen[0].tolist()) <= set(range(10))
     else:

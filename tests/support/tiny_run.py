@@ -9,7 +9,9 @@ from torch import Tensor
 
 from nvae.core.config import apply_overrides
 from nvae.training.config import AnyRunConfig, run_config
-from nvae.training.folder import RunFolder
+from nvae.training.folder import RunFolder, inside
+from nvae.training.run import train
+from nvae.training.trainer import Outcome
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -41,6 +43,11 @@ TIMINGS = ("images_per_second", "peak_memory_mib")
 def tiny_run(*overrides: str) -> AnyRunConfig:
     """The config with `section.field=value` changes."""
     return run_config(apply_overrides(TINY, list(overrides)), "tiny")
+
+
+def train_in(runs: Path, config: AnyRunConfig) -> Outcome:
+    """Trains in runs/<name>, as train.py does in the folder that it is called in."""
+    return train(config, RunFolder(inside(runs, config.name)))
 
 
 def log(folder: Path) -> list[dict[str, Any]]:

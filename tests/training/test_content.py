@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 from stand_ins import image_folder
-from tiny_run import tiny_run
+from tiny_run import tiny_run, train_in
 
 from nvae.core.errors import UserError
 from nvae.training.config import AnyRunConfig
 from nvae.training.content import Content, changed_images, content_in, text_of, trained_content
 from nvae.training.folder import inside
-from nvae.training.run import train
 
 BEFORE = {"train": Content(images=3, fingerprint="a"), "validation": Content(images=1, fingerprint="b")}
 
@@ -63,13 +62,13 @@ def own(path: Path, *overrides: str) -> AnyRunConfig:
 
 def test_images_added_to_a_folder_between_two_starts_are_noticed(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", [f"{i}.png" for i in range(12)], size=8)
-    train(own(folder), tmp_path)
+    train_in(tmp_path, own(folder))
     moved = folder.rename(tmp_path / "moved")
-    train(own(moved, "train.steps=3", "allow_changes=true"), tmp_path)
+    train_in(tmp_path, own(moved, "train.steps=3", "allow_changes=true"))
     image_folder(moved, ["new.png"], size=8)
     with pytest.raises(UserError, match=r"trained on other images \(train images: 11 → 12\)"):
-        train(own(moved, "train.steps=3"), tmp_path)
-    train(own(moved, "train.steps=4", "allow_changes=true"), tmp_path)
+        train_in(tmp_path, own(moved, "train.steps=3"))
+    train_in(tmp_path, own(moved, "train.steps=4", "allow_changes=true"))
     assert content_in(tmp_path / "tiny")["train"].images == 12
 
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from places import ROOT
 from processes import free_port, start_ranks
-from tiny_run import EVERY_BRICK, checkpoint, column, log, outcome, tiny_run
+from tiny_run import EVERY_BRICK, checkpoint, column, log, outcome, tiny_run, train_in
 from torch import Tensor
 
 from nvae.core import distributed
 from nvae.core.errors import UserError
-from nvae.training import run, setup
+from nvae.training import setup
 from nvae.training.continuation import require_same_config
 from nvae.training.folder import RunFolder, step_of
 from nvae.training.trainer import Trainer
@@ -76,7 +76,7 @@ def train(folder: Path, *overrides: str, altered: Callable[[Any], Any] = lambda 
 
     setup.build = build  # type: ignore[attr-defined]
     try:
-        return run.train(tiny_run(*overrides), folder)
+        return train_in(folder, tiny_run(*overrides))
     finally:
         setup.build = original  # type: ignore[attr-defined]
 
@@ -187,8 +187,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process with the same global batches."""
     folder = tmp_path_factory.mktemp("alone")
     torch.set_num_threads(1)
-    assert run.train(tiny_run(*PLAIN), folder / "plain") == "finished"
-    assert run.train(tiny_run(*ACCUMULATED), folder / "accumulated") == "finished"
+    assert train_in(folder / "plain", tiny_run(*PLAIN)) == "finished"
+    assert train_in(folder / "accumulated", tiny_run(*ACCUMULATED)) == "finished"
     return folder
 
 
@@ -291,7 +291,7 @@ def test_a_launch_into_the_folder_of_a_live_run_is_refused_on_all_ranks_and_leav
 
 def test_a_run_goes_on_with_another_number_of_processes(ranks: tuple[Path, list[Facts]], alone: Path) -> None:
     folder = ranks[0] / "stopped"
-    assert run.train(tiny_run(*PLAIN, "data.batch=32"), folder) == "finished"
+    assert train_in(folder, tiny_run(*PLAIN, "data.batch=32")) == "finished"
     assert checkpoint(folder / "tiny")["counters"]["images_seen"] == 20 * 32
     assert column(folder / "tiny", "loss") == pytest.approx(column(alone / "plain" / "tiny", "loss"), rel=1e-4)
 
