@@ -1,9 +1,10 @@
-"""How much memory a computation takes."""
+"""How much memory a computation takes, and how tensors come to a device."""
 
 import math
 import sys
 
 import torch
+from torch import Tensor
 
 try:
     import resource
@@ -21,6 +22,14 @@ def peak_mib(device: torch.device) -> float:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU's on a device. A GPU copies it when its turn comes; nobody waits for that."""
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 ALLOCATION_FAILED = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import UserError
+from ..core.memory import sent
 from .images import Crop, Images
 from .processes import process_context
 
@@ -48,7 +49,7 @@ def fetched(
     """
     answers = _from_processes(images, requests, largest, workers) if workers else _from_here(images, requests)
     for pixels, request in answers:
-        yield pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels, request
+        yield sent(pixels, device), request
 
 
 def _from_here(images: Images, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Request]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core.errors import UserError
+from ..core.memory import sent
 
 Crop = tuple[float, float]
 """Where a square is cut out of an oblong image: (down, across) in [0, 1] of the room there is."""
@@ -95,7 +96,7 @@ class InMemory(Images):
         out.copy_(self.read(indices).permute(0, 2, 3, 1))
 
     def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
-        return self.pixels[torch.as_tensor(indices, device=self.pixels.device)]
+        return self.pixels[sent(torch.as_tensor(indices), self.pixels.device)]
 
 
 def require_images(images: object, channels: int, size: int) -> None:

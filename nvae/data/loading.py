@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.memory import sent
 from ..core.randomness import derived_seed, keyed_uniform
 from .config import DataConfig
 from .fetching import Request, fetched
@@ -127,7 +128,7 @@ def _flipped(pixels: Tensor, indices: list[int], seed: int) -> Tensor:
         for row in rows.tolist():
             pixels[row] = pixels[row].flip(2)
         return pixels
-    rows = rows.to(pixels.device)
+    rows = sent(rows, pixels.device)
     return pixels.index_copy_(0, rows, pixels.index_select(0, rows).flip(3))
 
 
@@ -135,8 +136,8 @@ def _finished(pixels: Tensor, request: Request, images: Images, config: DataConf
     """Grey values in [0, 1] of the uint8 pixels (B, C, H, W) of a request, binarised and padded as configured."""
     indices = request.indices
     # Divided by a tensor: a division by a number becomes a product on a GPU, and differs in the last bit.
-    grey = pixels.to(torch.float32).div_(torch.tensor(float(images.levels), device=pixels.device))
+    grey = pixels.to(torch.float32).div_(torch.full((), float(images.levels), device=pixels.device))
     if config.binarize:
         grey = (keyed_uniform(grey.shape, indices, seed, stream, grey.device) < grey).to(torch.float32)
-    labels = images.labels[request.positions].to(grey.device)
+    labels = sent(images.labels[request.positions], grey.device)
     return Batch(F.pad(grey, (config.padding,) * 4) if config.padding else grey, indices, labels)

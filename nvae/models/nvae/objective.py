@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.config import Config
 from ...core.distributed import all_mean
+from ...core.memory import sent
 
 
 class ObjectiveConfig(Config):
@@ -45,8 +46,8 @@ def spectral_weight(coefficient: float, config: ObjectiveConfig) -> float:
 
 def balance_factors(scales: Sequence[int], device: torch.device) -> Tensor:
     """α of each group (G,): (2^s)²/n_s over the smallest such; s its scale (0 smallest) of n_s groups (spec §5)."""
-    alphas = torch.tensor([4.0**s / scales.count(s) for s in scales], device=device)
-    return alphas / alphas.min()
+    alphas = torch.tensor([4.0**s / scales.count(s) for s in scales])
+    return sent(alphas / alphas.min(), device)
 
 
 def balance_weights(kl: Tensor, factors: Tensor) -> Tensor:
