@@ -106,6 +106,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 def unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
     """Weights saved from within DistributedDataParallel or torch.compile, by the names that they have without."""
+    if not all(isinstance(name, str) for name in weights):
+        return weights
     plain = {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
     if plain and all(name.startswith(WRAPPER) for name in plain):
         return {name.removeprefix(WRAPPER): weight for name, weight in plain.items()}

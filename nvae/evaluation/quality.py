@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.distributed import from_rank_zero, gather_objects, rank, sum_over_ranks
 from ..core.errors import UserError
 from ..core.files import atomic_file
+from ..core.precision import in_float64
 from ..sampling.pictures import to_bytes
 
 SAMPLES = 50_000
@@ -120,7 +121,7 @@ def statistics(images: Iterable[tuple[Sequence[int], Tensor]], total: int, extra
     kept: list[tuple[list[int], list[Tensor]]] = []
     for numbers, batch in images:
         found = extractors(batch)
-        features = found[0].double()
+        features = in_float64(found[0])
         first = features.sum(0) if first is None else first + features.sum(0)
         second = features.T @ features if second is None else second + features.T @ features
         rows = [row for row, number in enumerate(numbers) if number % every == 0]

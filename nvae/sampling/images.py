@@ -21,7 +21,7 @@ from ..bricks.normalisation import BatchNorm, measuring
 from ..core.distributed import from_rank_zero, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
 from ..core.files import atomic_file
-from ..core.precision import Precision, autocast
+from ..core.precision import Precision, autocast, in_float64
 from ..core.randomness import keyed_normal, keyed_uniform
 from ..models.base import Family, Temperature
 
@@ -121,14 +121,14 @@ def readjust(
         return {}
     buffers = [buffer for norm in norms.values() for buffer in (norm.running_mean, norm.running_var)]
     device = buffers[0].device
-    total = torch.zeros(sum(len(buffer) for buffer in buffers), dtype=torch.float64, device=device)
+    total = torch.zeros_like(in_float64(torch.cat(buffers)))
     model.train()
     with measuring(list(norms.values())), torch.autocast(device.type, enabled=False):
         for number in range(rank(), batches, world_size()):
             indices = range(number * batch, (number + 1) * batch)
             noise = keyed_normal(model.latent_shapes(batch), indices, seed, "readjust", device)
             model.sample(batch, temperature, noise)
-            total += torch.cat(buffers)  # what the decoder does not use adds its own value each time
+            total += in_float64(torch.cat(buffers))  # what the decoder does not use adds its own value each time
     model.eval()
     average = sum_over_ranks(total) / batches
     for buffer, value in zip(buffers, torch.split(average, [len(buffer) for buffer in buffers]), strict=True):
