@@ -41,6 +41,8 @@ class PublishedFormat(Protocol):
 
     FAMILY: type[Family[Any]]
     """Of its models."""
+    CARRIES_CONFIG: bool
+    """Whether its checkpoints say what model they are of."""
 
     def is_published(self, content: dict[str, Any]) -> bool:
         """True for a checkpoint of that code."""

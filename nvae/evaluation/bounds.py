@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.distributed import from_rank_zero, gather_objects, rank
 from ..core.errors import UserError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, tensors_in
 from ..core.precision import in_float64
 from ..core.randomness import keyed_normal
 from ..data.loading import Batch
@@ -48,7 +48,7 @@ class Parts:
         self._saved_at = time.monotonic()
         if folder is not None and rank() == 0:
             files = sorted(folder.glob("*.safetensors"))
-            self._kept = [Figures.from_tensors(safetensors.torch.load_file(file)) for file in files]
+            self._kept = [Figures.from_tensors(found) for file in files if (found := tensors_in(file)) is not None]
         self.done: frozenset[int] = from_rank_zero(frozenset(i for part in self._kept for i in part.indices.tolist()))
         """Positions of the images that need not be measured again."""
 

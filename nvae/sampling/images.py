@@ -20,7 +20,7 @@ from ..bricks.likelihoods import Likelihood
 from ..bricks.normalisation import BatchNorm, measuring
 from ..core.distributed import from_rank_zero, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, tensors_in
 from ..core.precision import Precision, autocast, in_float64
 from ..core.randomness import keyed_normal, keyed_uniform
 from ..models.base import Family, Temperature
@@ -156,7 +156,7 @@ def readjust_cached(
     """`readjust`, once per temperature: kept in `folder`, under what it depends on. `weights`: their fingerprint."""
     settings = json.dumps([weights, temperature, seed, batches, batch])
     file = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
-    kept: dict[str, Tensor] | None = from_rank_zero(_load(file) if rank() == 0 else None)
+    kept: dict[str, Tensor] | None = from_rank_zero(tensors_in(file) if rank() == 0 else None)
     if kept is not None:
         model.load_state_dict(kept, strict=False)
         return
@@ -164,7 +164,3 @@ def readjust_cached(
     if rank() == 0 and found:
         with atomic_file(file) as handle:
             handle.write(safetensors.torch.save({name: value.cpu() for name, value in found.items()}))
-
-
-def _load(file: Path) -> dict[str, Tensor] | None:
-    return safetensors.torch.load_file(file) if file.exists() else None

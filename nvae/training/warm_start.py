@@ -19,8 +19,8 @@ MAY_DIFFER = ("image_size", "classes", "likelihood")
 def start_from(source: Family[Any], state: TrainingState) -> list[str]:
     """Gives a new run the weights of a trained model, and nothing else of it; returns a line where some did not fit.
 
-    All must fit, unless it is the `MAY_DIFFER` fields alone that make the models different. Raises UserError for weights
-    of another model, with the fields that make it another.
+    All must fit, unless the models differ in the `MAY_DIFFER` fields alone. Raises UserError for weights of another
+    model, with the fields that make it another.
     """
     model = state.model
     if type(source) is not type(model):

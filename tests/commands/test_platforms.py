@@ -16,9 +16,9 @@ for name in ("fcntl", "resource"):
 del signal.SIGUSR1
 sys.path.insert(0, sys.argv[1])
 from entry_scripts import call
-assert call("train", "tiny.yaml") == 0
-assert call("evaluate", "runs/tiny", "--importance-samples", 2) == 0
-assert call("sample", "runs/tiny", "--count", 2) == 0
+assert call("train", "tiny.yaml", "train.kernels=plain") == 0
+assert call("evaluate", "runs/tiny", "--importance-samples", 2, "--kernels", "plain") == 0
+assert call("sample", "runs/tiny", "--count", 2, "--kernels", "plain") == 0
 """
 
 

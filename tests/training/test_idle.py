@@ -20,7 +20,7 @@ MIXTURE = ["model.likelihood.kind=logistic_mixture", "data.binarize=false"]
     [
         (["optim.schedule=constant", "optim.lr_min=1e-5"], "the schedule is constant"),
         (["optim.skip_factor=4"], "there is no skip_quantile"),
-        (["optim.skip_window=100", "optim.skip_norm=3"], "there is no skip_quantile"),
+        (["optim.skip_norm=3", "optim.skip_window=100"], "there is no skip_quantile"),
         (["optim.skip_limit=4"], "there is neither skip_norm nor skip_quantile"),
         (["train.loss_scale=8"], "with precision fp32 no loss is scaled"),
         (["model.min_groups=2"], "without adaptive_groups all scales have the same"),

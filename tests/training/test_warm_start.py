@@ -57,7 +57,7 @@ def test_another_likelihood_takes_all_but_the_head(
     assert train_in(tmp_path, config) == "finished"
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train.init_from"))
     assert "model.likelihood.kind: bernoulli → logistic_mixture" in line
-    assert line.endswith("; these begin anew: head (3)")
+    assert "; these begin anew: head (3), spectral; left over: spectral" in line
 
 
 def test_another_architecture_is_refused_with_its_fields_however_much_would_fit(

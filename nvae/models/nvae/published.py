@@ -25,6 +25,7 @@ from .config import NVAEConfig
 from .model import NVAE
 
 FAMILY: type[Family[Any]] = NVAE
+CARRIES_CONFIG = True
 SAFE_TYPES = (argparse.Namespace,)
 REDUNDANT = ".weight_normalized"
 GREY = ("mnist", "omniglot")

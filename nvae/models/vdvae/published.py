@@ -17,6 +17,7 @@ from .config import VDVAEConfig
 from .model import VDVAE, Block, EncoderBlock, LatentBlock
 
 FAMILY: type[Family[Any]] = VDVAE
+CARRIES_CONFIG = False
 WRAPPER = "module."
 HALLMARK = "encoder.in_conv.weight"
 

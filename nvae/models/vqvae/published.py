@@ -31,6 +31,7 @@ MATRICES = ("codebook", "embed", "embed_avg")
 
 
 FAMILY: type[Family[Any]] = VQVAE
+CARRIES_CONFIG = False
 HALLMARKS = ("to_vq.weight", "quantize_conv_t.weight", "conv_3.weight")
 """The convolution before the top's codes, of one, two and three levels."""
 CODEBOOKS = ("codebook", "quantize_t.embed", "q_3.embed")
