@@ -72,12 +72,8 @@ def ready(
 
     stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
     schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
-    state, warm = _state(config, device, precision), list[str]()
-    if saved is not None:
-        with naming_fields(notes):
-            state.load_state_dict(saved)
-    elif source is not None:
-        warm = start_from(source, state)
+    state = _state(config, device, precision)
+    warm = _take_weights(state, saved, source, notes)
     if foundation is not None:
         state.model.take_in(foundation)
     check_same(state.tensors(), device)
@@ -136,6 +132,17 @@ def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> 
         Averaged(model, config.optim.ema, model.copied()) if config.optim.ema is not None else None,
         torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=precision == "fp16"),
     )
+
+
+def _take_weights(
+    state: TrainingState, saved: dict[str, Any] | None, source: Family[Any] | None, differences: list[str]
+) -> list[str]:
+    """Gives a state its run's checkpoint, or a new run another model's weights; returns what is to be said of these."""
+    if saved is not None:
+        with naming_fields(differences):
+            state.load_state_dict(saved)
+        return []
+    return [] if source is None else start_from(source, state)
 
 
 def _source(config: AnyRunConfig) -> Family[Any] | None:
