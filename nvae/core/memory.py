@@ -1,10 +1,9 @@
-"""How much memory a computation takes, and how tensors come to a device."""
+"""How much memory a computation takes."""
 
 import math
 import sys
 
 import torch
-from torch import Tensor
 
 try:
     import resource
@@ -15,21 +14,16 @@ MIB = 2**20
 
 
 def peak_mib(device: torch.device) -> float:
-    """The most so far, in MiB, of this process's part of a GPU, or of this process; nan where the system won't say."""
+    """The most so far, in MiB, of this process's part of a GPU, or of this process; nan where the system won't say.
+
+    It won't on Windows, nor for Apple's GPU, whose memory is not the process's alone.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    if resource is None:
+    if resource is None or device.type != "cpu":
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
-
-
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU's on a device. A GPU copies it when its turn comes; nobody waits for that."""
-    device = torch.device(device)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 ALLOCATION_FAILED = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .memory import sent
+from .devices import sent
 
 
 def derived_seed(*key: int | str) -> int:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.devices import sent
 from ..core.errors import UserError
-from ..core.memory import sent
 from .images import Crop, Images
 from .processes import process_context
 
@@ -94,8 +94,9 @@ def _leave_with_the_reader(leaving: Tensor, worker: int) -> None:
 
     The process that reads still needs it until everything is saved. SIGTERM counts once that one is `leaving`.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if leaving.any() else None)
 
 

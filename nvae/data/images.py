@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.devices import sent
 from ..core.errors import UserError
-from ..core.memory import sent
 
 Crop = tuple[float, float]
 """Where a square is cut out of an oblong image: (down, across) in [0, 1] of the room there is."""
@@ -97,22 +97,6 @@ class InMemory(Images):
 
     def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
         return self.pixels[sent(torch.as_tensor(indices), self.pixels.device)]
-
-
-def require_images(images: object, channels: int, size: int) -> None:
-    """Raises UserError for what is not images as models take them: (B, C, H, W), of a floating type, in [0, 1]."""
-    if not isinstance(images, Tensor):
-        raise UserError(f"images: a tensor is asked for, found {type(images).__name__}")
-    shape = (channels, size, size)
-    if images.dim() != 4 or tuple(images.shape[1:]) != shape:
-        asked = ", ".join(map(str, ("B", *shape)))
-        raise UserError(f"images: the model takes ({asked}), found {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise UserError(f"images: values in [0, 1] of a floating type are asked for, found {images.dtype}")
-    if images.numel():
-        low, high = (float(value) for value in images.aminmax())
-        if not (low >= 0 and high <= 1):
-            raise UserError(f"images: values in [0, 1] are asked for, found {low:g} to {high:g}")
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.memory import sent
+from ..core.devices import sent
 from ..core.randomness import derived_seed, keyed_uniform
 from .config import DataConfig
 from .fetching import Request, fetched

@@ -89,6 +89,10 @@ class LinearGaussian(Family[ModelConfig]):
         ours = torch.distributions.MultivariateNormal(mean, torch.diag_embed(sigma.square()))
         return self.exact_log_prob(x) - torch.distributions.kl_divergence(ours, posterior)
 
+    def check_images(self, images: object) -> None:
+        """Images of any floating type: it computes in float64 itself."""
+        super().check_images(images.double() if isinstance(images, Tensor) else images)
+
     def encode(self, x: Tensor) -> Encoded:
         self.encoded += 1
         exact = self.exact_posterior(x)

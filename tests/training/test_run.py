@@ -148,7 +148,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"process 2 of this machine finds 2 CUDA devices"):
-        distributed.start("cuda", timeout_minutes=1)
+        distributed.start(torch.device("cuda"), timeout_minutes=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- commands

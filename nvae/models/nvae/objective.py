@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ...core.config import Config
+from ...core.devices import sent
 from ...core.distributed import all_mean
-from ...core.memory import sent
 
 
 class ObjectiveConfig(Config):
@@ -28,6 +28,11 @@ class ObjectiveConfig(Config):
     """Weight λ of the penalties (spectral norms and batch-norm scales), per nat of the loss."""
     spectral_start: float | None = Field(None, gt=0)
     """λ at the start of the KL warm-up, annealed geometrically to `spectral`; none: λ is fixed."""
+
+    def idle(self) -> dict[str, str]:
+        during = ("kl_constant", "kl_min", "kl_balance", "spectral_start")
+        found = {} if self.kl_warmup else dict.fromkeys(during, "there is no kl_warmup")
+        return found if self.spectral else {"spectral_start": "there are no penalties", **found}
 
 
 def kl_coefficient(progress: float, config: ObjectiveConfig) -> float:
