@@ -99,9 +99,14 @@ def test_the_page_shows_codebooks_level_by_level(first: Path, prior: Path) -> No
 
 def test_each_level_is_drawn_at_its_own_temperature(prior: Path) -> None:
     assert call("sample", prior, "--count", 2, "--temperature", "0.8,0.9") == 0
-    assert (prior / "samples" / "t0.8-0.9-seed0.png").exists()
+    assert (prior / "samples" / "t0.8-0.9-seed0-raw.png").exists()
     with pytest.raises(UserError, match="temperature: 3 values"):
         call("sample", prior, "--temperature", "1,1,1")
+
+
+def test_codes_are_drawn_in_mixed_precision(prior: Path) -> None:
+    assert call("sample", prior, "--count", 2, "--precision", "bf16", "--seed", 9) == 0
+    assert (prior / "samples" / "t1-seed9-raw.png").exists()
 
 
 def test_images_are_rebuilt_from_the_top_levels_alone(prior: Path) -> None:

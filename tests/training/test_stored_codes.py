@@ -142,3 +142,9 @@ def test_a_damaged_code_is_named(first: Path, store: Path, tmp_path: Path) -> No
     shard.write_bytes(content)
     words = refused(tmp_path, on(copy, first, "data.stored_codes=true", "train.steps=60", "train.log_every=60"))
     assert "train-00000.codes.safetensors[" in words and "damaged" in words
+
+
+def test_samples_that_a_family_does_not_take_are_refused_before_training(first: Path, tmp_path: Path) -> None:
+    words = refused(tmp_path, prior_config(first, *GREY, "train.validation_samples=5"))
+    assert "VQVAEPrior takes none, it has no density of its latents; found 5, allowed is 1" in words
+    assert not (tmp_path / "prior" / "config.yaml").exists()
