@@ -162,3 +162,11 @@ def test_stage_1_converts_both_ways(tmp_path: Path) -> None:
     assert torch.equal(before.reconstruction, after.reconstruction)
     for z, other in zip(before.z, after.z, strict=True):
         assert torch.equal(z, other)
+
+
+def test_levels_that_no_public_network_has_are_refused(tmp_path: Path) -> None:
+    config = first_config("model.factors=[2, 4]", "train.steps=1")
+    assert train_in(tmp_path, config) == "finished"
+    with pytest.raises(UserError, match=r"model\.factors: is \[2, 4\]; public networks have 1 to 3 levels"):
+        call("convert", tmp_path / "tiny", tmp_path / "theirs.pt")
+    assert not (tmp_path / "theirs.pt").exists()
