@@ -9,7 +9,7 @@ from ..models.vqvae.pixelsnail import MapShape, PixelSNAIL, PixelSNAILConfig, ch
 from .timing import Times, in_turns
 
 KEPT, ANEW = "kept", "whole passes"
-SMALL = PixelSNAILConfig(channels=32, inner_channels=32, kernel=5, blocks=2, depth=2, dropout=0)
+SMALL = PixelSNAILConfig(channels=64, inner_channels=64, kernel=5, blocks=2, depth=2, dropout=0)
 """Two blocks of two gated layers and attention."""
 CODES = 512
 

@@ -73,6 +73,17 @@ def test_a_run_that_stopped_goes_on_exactly(first: Path, store: Path, tmp_path: 
     assert differences(checkpoint(tmp_path / "prior"), checkpoint(tmp_path / "whole" / "prior")) == []
 
 
+def test_a_run_on_codes_of_its_own_goes_on_with_kept_ones(first: Path, store: Path, tmp_path: Path) -> None:
+    whole, config = tmp_path / "whole", on(store, first)
+    assert train_in(whole, config) == "finished"
+    assert train_in(tmp_path, config) == "finished"
+    for step in (5, 6):
+        (tmp_path / "prior" / "checkpoints" / f"step-{step:09d}.pt").unlink(missing_ok=True)
+    assert train_in(tmp_path, on(store, first, "data.stored_codes=true")) == "finished"
+    found, expected = (checkpoint(runs / "prior")["model"] for runs in (tmp_path, whole))
+    assert differences(found, expected) == []
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 

@@ -79,8 +79,8 @@ def _require_public_factors(config: VQVAEConfig) -> None:
     _, *between = config.factors
     if len(config.factors) not in FOREIGN or set(between) - {2}:
         raise UserError(
-            f"model.factors: is {list(config.factors)}; public networks have 1 to 3 levels, each after the first half as "
-            "large as the one before"
+            f"model.factors: is {list(config.factors)}; public networks have 1 to 3 levels, each after the first "
+            "half as large as the one before"
         )
 
 
