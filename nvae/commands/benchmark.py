@@ -4,7 +4,7 @@
     %(prog)s train --plain --precision fp32 bf16 --batch 1 4 16 64
     %(prog)s train sample --model configs/cifar10.yaml --device cuda --precision fp16 --compile
     %(prog)s train --profile traces
-    %(prog)s draw --side 32 --batch 1               codes of a VQ-VAE-2, beside a whole pass for each code: minutes
+    %(prog)s draw --side 32 --batch 1               codes of a VQ-VAE-2, beside a whole pass for each code
 
 All ways to do a thing take turns in one run; figures are medians, spread is half of what lies between quartiles.
 """
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..benchmark.drawing import ANEW, KEPT, drawing
+from ..benchmark.drawing import drawing
 from ..benchmark.extent import memory_growth, over_batches, over_groups, saved_mib_per_image, seconds_to_first_update
 from ..benchmark.loading import decoder_rate, loader_rate, resident_milliseconds
 from ..benchmark.machine import description, keep_memory, matrix_peak, training_gflop
@@ -210,12 +210,17 @@ def data(args: argparse.Namespace) -> Table:
 
 
 def draw(args: argparse.Namespace) -> Table:
-    """Maps of codes, drawn with what earlier positions left, and by a whole pass at each position."""
+    """A map of codes drawn with what earlier positions left, beside a whole pass for each code."""
     device = torch.device(device_type(args.device, "--device"))
     found = drawing(args.side, args.batch[0], args.rounds, device)
-    times = {name: found.times.summary(name, ANEW) for name in (ANEW, KEPT)}
-    title = f"draw: {found.batch} × {found.side}×{found.side} codes, a prior of {found.parameters:,} parameters: ms"
-    return [title, *(_row(name, times[name]) for name in times)], {**times, "parameters": found.parameters}
+    figures = found.summary()
+    lines = [
+        f"draw: {found.batch} × {found.side}×{found.side} codes, a prior of {found.parameters:,} parameters",
+        f"  drawn {figures['milliseconds']:.0f} ± {figures['spread']:.0f} ms, a whole pass "
+        f"{figures['pass_milliseconds']:.1f} ± {figures['pass_spread']:.1f} ms; a pass for each code would take "
+        f"{figures['faster']:.0f} times as long ({figures['faster_least']:.0f}–{figures['faster_most']:.0f})",
+    ]
+    return lines, dict(figures)
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], Table]] = {

@@ -211,9 +211,8 @@ class PixelSNAIL(Recomputable):
         codes = torch.zeros(times * len(noise), *noise.shape[2:], dtype=torch.int64, device=noise.device)
         uniform = torch.special.ndtr(noise[:, 0].double())
         walk = Walk(*codes.shape[1:])
-        for row, column in tqdm(
-            walk, "drawing codes", codes[0].numel(), unit="code", delay=SLOW, leave=False, disable=rank() != 0
-        ):
+        total, quiet = codes[0].numel(), rank() != 0
+        for row, column in tqdm(walk, "drawing codes", total, delay=SLOW, mininterval=1, leave=False, disable=quiet):
             logits = self.step(codes, walk, condition)
             if guided:
                 known, unknown = logits.chunk(2)
