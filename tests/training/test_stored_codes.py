@@ -12,7 +12,9 @@ from nvae.commands.codes import write_codes
 from nvae.core.errors import UserError
 from nvae.data.config import DataConfig
 from nvae.data.preparation import prepare
+from nvae.models.vqvae.network import Network
 from nvae.training.config import AnyRunConfig
+from nvae.training.trainer import Trainer
 
 DIGITS = DataConfig(name="digits")
 
@@ -53,10 +55,8 @@ def test_every_number_is_that_of_codes_made_on_the_way(
 
 def test_nothing_is_encoded(first: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = on(store, first, "data.stored_codes=true", "train.steps=2", "train.validate_every=100")
-    monkeypatch.setattr("nvae.training.trainer.Trainer._watch", lambda self: None)
+    monkeypatch.setattr(Trainer, "_watch", lambda self: None)
     seen: list[int] = []
-    from nvae.models.vqvae.network import Network
-
     original = Network.encode
     monkeypatch.setattr(Network, "encode", lambda self, x: seen.append(len(x)) or original(self, x))
     assert train_in(tmp_path, config) == "finished"
