@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import checkpoint, differences, log, train_in
+from processes import start_ranks
+from tiny_run import checkpoint, column, differences, log, train_in
 from tiny_vqvae import GREY, first_config, prior_config
 
 from nvae.commands.codes import write_codes
@@ -82,6 +83,21 @@ def test_a_run_on_codes_of_its_own_goes_on_with_kept_ones(first: Path, store: Pa
     assert train_in(tmp_path, on(store, first, "data.stored_codes=true")) == "finished"
     found, expected = (checkpoint(runs / "prior")["model"] for runs in (tmp_path, whole))
     assert differences(found, expected) == []
+
+
+def train_rank(runs: Path, store: Path, first: Path) -> None:
+    train_in(runs, on(store, first, "data.stored_codes=true", "data.flip=true", "data.batch=16"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_them_as_one(first: Path, store: Path, tmp_path: Path) -> None:
+    assert train_in(tmp_path / "one", on(store, first, "data.flip=true")) == "finished"
+    processes = start_ranks(2, train_rank, tmp_path, store, first)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    for name in ("loss", "kl"):
+        assert column(tmp_path / "prior", name) == pytest.approx(column(tmp_path / "one" / "prior", name), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
