@@ -117,7 +117,7 @@ def test_codes_of_another_first_stage_are_refused_by_name(first: Path, store: Pa
 
 
 def test_a_decoder_that_trained_on_is_no_other_first_stage(first: Path, store: Path, tmp_path: Path) -> None:
-    top = on(store, first, "model.train_decoder=true", "model.level=0", "name=top", "train.steps=1")
+    top = on(store, first, "model.train_decoder=true", "model.level=0", "name=top", "train.steps=3")
     assert train_in(tmp_path, top) == "finished"
     below = on(store, tmp_path / "top", "model.level=1", "data.stored_codes=true", "train.steps=1")
     assert train_in(tmp_path, below) == "finished"
