@@ -21,7 +21,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"nvae-{name} = nvae.commands.{name}:main"
-            for name in ("train", "evaluate", "sample", "prepare", "convert", "benchmark")
+            for name in ("train", "evaluate", "sample", "prepare", "convert", "join", "benchmark")
         ]
     },
     install_requires=[

@@ -137,7 +137,24 @@ def _estimates(entry: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def code_rows(entry: Mapping[str, Any]) -> list[list[str]]:
+    """Level, rate, nats a code, codes in use and perplexity of each level of codes; empty where latents are none."""
+    if "codebooks" not in entry:
+        return []
+    found, used = entry["codebooks"], entry["active_units_per_group"]
+    columns = zip(entry["kl_per_group"], found["nats_per_code"], used, found["perplexity"], strict=True)
+    return [[f"{g}", f"{kl:.3f}", f"{nats:.4f}", f"{n}", f"{p:.1f}"] for g, (kl, nats, n, p) in enumerate(columns)]
+
+
+CODE_HEADER = ("level of codes", "rate, nats", "nats a code", "codes in use", "perplexity")
+
+
 def _groups(entry: Mapping[str, Any]) -> list[str]:
+    if rows := code_rows(entry):
+        return [
+            "".join(f"{cell:<14}" if not i else f"{cell:>14}" for i, cell in enumerate(row))
+            for row in [CODE_HEADER, *rows]
+        ]
     lines = [f"{'latent group':<14}{'KL, nats':>9}{'active units':>14}"]
     groups = zip(entry["kl_per_group"], entry["active_units_per_group"], strict=True)
     lines += [f"{g:<14}{kl:>9.3f}{active:>14}" for g, (kl, active) in enumerate(groups)]

@@ -5,7 +5,7 @@ Shapes: B batch, C image channels, H W space, G latent groups (top-down), L late
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
@@ -220,6 +220,9 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own config."""
+    takes_codes: ClassVar[bool] = False
+    """Whether `forward` takes the `codes` of its images, where they are kept: (B, S) int64, those of all groups,
+    top-down, each in raster order."""
     latent_kind: ClassVar[LatentKind] = "normal"
     """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
     codes: int = 0
@@ -277,6 +280,19 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """The shape of each group's noise for n images, which is that of its z, top-down."""
 
+    # -------------------------------------------------------------------------------------------------- kept codes
+
+    def coding(self) -> str:
+        """Sixteen digits that tell what decides an image's codes from other weights, where these can be kept.
+
+        Raises UserError, saying why, where an image has none or not always the same.
+        """
+        raise UserError(f"{type(self).__name__}: its latents are no codes that could be kept")
+
+    def codes_of(self, x: Tensor) -> list[Tensor]:
+        """Those of images (B, C, H, W) in [0, 1]: (B, h, w) int64 of each group, top-down."""
+        raise NotImplementedError
+
     # ----------------------------------------------------------------------------------------------------- training
 
     def begin(self, first: FirstImages) -> None:
@@ -288,6 +304,14 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
 
     def take_in(self, source: "Family[Any]") -> None:
         """Makes the weights of the model that the config is `built_on` a part of this one, once, before `begin`."""
+
+    @classmethod
+    def joined(cls, parts: "Mapping[str, Family[Any]]") -> "Family[Any]":
+        """One model of parts of this family that were trained apart, by the names that messages give them.
+
+        Raises UserError for a family that is not trained in parts, and for parts that do not fit together.
+        """
+        raise UserError(f"{next(iter(parts))}: a {cls.__name__} is not trained in parts that could be joined")
 
     @abstractmethod
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:

@@ -10,8 +10,10 @@ from ..core.config import flat, refuse_idle
 from ..core.distributed import check_same, rank, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision, computed_in
+from ..data.codes import StoredCodes
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
+from ..evaluation.bounds import check_samples
 from ..kernels.fusion import compile_each
 from ..kernels.operations import settle, use
 from ..models.base import Family, ModelConfig
@@ -70,8 +72,7 @@ def ready(
     if saved is not None:
         notes += changed_images(content_in(folder.path), content, allowed=config.allow_changes)
 
-    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
-    schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
+    schedule = _schedule(config.optim, config.train, images_per_update(config), len(images))
     state = _state(config, device, precision)
     warm = _take_weights(state, saved, source, notes)
     if foundation is not None:
@@ -79,6 +80,9 @@ def ready(
     check_same(state.tensors(), device)
     if not state.begun:
         begin(state, images, data, seed)
+    check_samples(state.model, config.train.validation_samples)
+    codes = _stored_codes(config, state.model)
+    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size(), codes=codes)
     if config.train.compile:
         compile_each(list(state.model.parts()) or [state.model])
     trainer = Trainer(
@@ -143,6 +147,20 @@ def _take_weights(
             state.load_state_dict(saved)
         return []
     return [] if source is None else start_from(source, state)
+
+
+def _stored_codes(config: AnyRunConfig, model: Family[Any]) -> StoredCodes | None:
+    """The codes that training takes from the store instead of making them, if it is to.
+
+    Raises UserError where the store has none that are the model's.
+    """
+    if not config.data.stored_codes:
+        return None
+    if not model.takes_codes:
+        raise UserError(f"data.stored_codes: {type(model).__name__} trains on images, not on codes; leave it out")
+    codes = StoredCodes(config.data, "train")
+    codes.require_made_by(model.coding())
+    return codes
 
 
 def _source(config: AnyRunConfig) -> Family[Any] | None:

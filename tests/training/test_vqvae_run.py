@@ -9,40 +9,16 @@ import pytest
 import torch
 from entry_scripts import call, results_of
 from processes import start_ranks
-from tiny_run import TINY, checkpoint, column, differences, log, train_in
+from tiny_run import checkpoint, column, differences, log, train_in
+from tiny_vqvae import first_config, prior_config
 from torch import nn
 from torch._dynamo.utils import counters
 
 from nvae.checkpoints.loading import load_model
-from nvae.core.config import apply_overrides
 from nvae.core.errors import UserError
 from nvae.models.vqvae.model import VQVAE
 from nvae.models.vqvae.prior import VQVAEPrior
-from nvae.training.config import AnyRunConfig, run_config
 from nvae.training.trainer import Trainer
-
-IMAGES: dict[str, Any] = {"image_size": 8, "image_channels": 1, "likelihood": {"kind": "bernoulli"}}
-FIRST = IMAGES | {
-    "family": "vqvae",
-    "factors": [2, 2],
-    "channels": 8,
-    "residual_channels": 4,
-    "blocks": 1,
-    "quantiser": {"codes": 6, "dim": 4},
-}
-SNAIL = {"channels": 16, "inner_channels": 8, "kernel": 3, "blocks": 1, "depth": 1, "dropout": 0.0}
-SNAIL |= {"condition_channels": 6, "condition_blocks": 1}
-PRIOR = IMAGES | {"family": "vqvae_prior", "levels": [SNAIL]}
-OPTIM = {"name": "adamw", "lr": 3e-3, "warmup_steps": 2, "eps": 1e-8, "clip_norm": 1.0}
-
-
-def first_config(*overrides: str) -> AnyRunConfig:
-    return run_config(apply_overrides({**TINY, "model": FIRST, "optim": OPTIM}, list(overrides)), "tiny")
-
-
-def prior_config(codes: Path, *overrides: str) -> AnyRunConfig:
-    data = {**TINY, "name": "prior", "model": {**PRIOR, "codes": str(codes)}, "optim": OPTIM}
-    return run_config(apply_overrides(data, list(overrides)), "prior")
 
 
 @pytest.fixture(scope="module")
