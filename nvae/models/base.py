@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..bricks.inference import for_inference
+from ..bricks.labels import UNKNOWN
 from ..bricks.latents import Draw, Normal
 from ..bricks.likelihoods import Likelihood, LikelihoodConfig
 from ..core.config import Config
@@ -70,6 +71,13 @@ class ModelConfig(Config):
     def built_on(self, source: "ModelConfig") -> Self:
         """The config once that model's is known, to be kept. Raises UserError where they don't fit."""
         return self
+
+
+class ConditionalConfig(ModelConfig):
+    """Of a family that takes labels."""
+
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    """Probability of training an image without its class, so that the model is unconditional too."""
 
 
 # ------------------------------------------------------------------------------------------------ what families give
@@ -214,13 +222,15 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     """A hierarchical VAE.
 
     `noise` is one standard-normal tensor per group, top-down; None draws fresh ones. Discrete latents are drawn by it
-    through its distribution function. `labels` are (B,) int64 classes, −1 where unknown; None knows none.
+    through its distribution function. `labels` are (B,) int64 classes, −1 where unknown; None: all are.
     """
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own config."""
     latent_kind: ClassVar[LatentKind] = "normal"
     """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
+    guidance: float = 0.0
+    """How far samples of a class go away from those of none."""
     codes: int = 0
     """How many values a discrete latent may have; 0 where they are Normal, or where that is nobody's business."""
     density: Density = "bound"
@@ -311,6 +321,14 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         if mode != "none":
             raise UserError(f"train.recompute: {type(self).__name__} offers none, found '{mode}'")
 
+    def set_guidance(self, guidance: float) -> None:
+        """How far samples of a class go away from those of none, from 0 on. Raises UserError where none is offered."""
+        if guidance:
+            why = "has none"
+            if self.latent_kind == "normal":
+                why = "has none: of Normal latents, p(z | class)^(1 + w) / p(z)^w need not be a distribution"
+            raise UserError(f"guidance: {type(self).__name__} {why}; found {guidance:g}, allowed is 0")
+
     def parts(self) -> Iterable[nn.Module]:
         """The modules that its depth is made of, to be compiled one by one; those of a kind share their code."""
         return ()
@@ -344,13 +362,21 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
                 raise UserError(f"{name}: group {g} takes {shape}, found {tuple(tensor.shape)}")
 
     def check_labels(self, labels: Tensor | None, n: int) -> None:
-        """Raises UserError for labels of a model that takes none, or of another number than n images."""
+        """Raises UserError for labels of a model that takes none, and for any but (n,) int64 classes or −1."""
         if labels is None:
             return
         if self.config.classes == 0:
             raise UserError(f"labels: this {type(self).__name__} takes none, its model.classes is 0")
         if labels.shape != (n,):
             raise UserError(f"labels: {n} images take ({n},), found {tuple(labels.shape)}")
+        if labels.dtype != torch.int64:
+            raise UserError(f"labels: classes are int64, found {labels.dtype}")
+        wrong = labels[(labels < UNKNOWN) | (labels >= self.config.classes)]
+        if len(wrong):
+            raise UserError(
+                f"labels: found class {int(wrong[0])}, but model.classes is {self.config.classes}: allowed are 0 to "
+                f"{self.config.classes - 1}, and {UNKNOWN} where unknown"
+            )
 
 
 def temperatures(temperature: Temperature, groups: int) -> list[float]:

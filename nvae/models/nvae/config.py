@@ -7,15 +7,13 @@ from pydantic import Field, model_validator
 
 from ...bricks.cells import ARCHITECTURES, Op, Separable
 from ...core.config import nearest
-from ..base import ModelConfig
+from ..base import ConditionalConfig
 from .objective import ObjectiveConfig
 
 
-class NVAEConfig(ModelConfig):
+class NVAEConfig(ConditionalConfig):
     family: Literal["nvae"] = "nvae"
     """Which family of models."""
-    classes: Literal[0] = 0
-    """This family takes no labels."""
     scales: int = Field(1, ge=1)
     """Number of latent resolutions; each is half the one before."""
     groups: int = Field(10, ge=1)

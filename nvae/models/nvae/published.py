@@ -141,7 +141,7 @@ def _told(config: NVAEConfig) -> dict[str, Any]:
     likelihood = config.likelihood.model_dump()
     if config.likelihood.kind != "logistic_mixture":
         del likelihood["components"], likelihood["edge"]
-    fields = config.model_dump(exclude={"objective", "likelihood"})
+    fields = config.model_dump(exclude={"objective", "likelihood", "label_dropout"})
     return fields | {f"likelihood.{name}": value for name, value in likelihood.items()}
 
 

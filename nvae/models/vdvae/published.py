@@ -59,7 +59,9 @@ def content_of(model: VDVAE, origin: Mapping[str, Any], dataset: str | None = No
 
 
 def to_published(model: VDVAE) -> dict[str, Tensor]:
-    """The published state dict of a model."""
+    """The published state dict of a model. Raises UserError for one of classes, which the format has no place for."""
+    if model.config.classes:
+        raise UserError(f"classes: {model.config.classes}; a published Very Deep VAE has none")
     return renamed(model, tensor_names(model))
 
 

@@ -4,12 +4,14 @@ Codes are made of each batch by the frozen encoder, in float32 and without gradi
 changing them. Shapes: B images, L levels top-down, K codes, h w space of a map.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...bricks.labels import partly_unknown
 from ...bricks.likelihoods import Likelihood
 from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_distances
 from ...core.errors import UserError
@@ -47,6 +49,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             raise UserError(f"model.codes: {config.codes} was not read; its first stage is part of a prior's config")
         self.first = VQVAE(config.first_stage)
         self.codes = self.first.codes
+        self.guidance = config.guidance
         spread = config.posterior_temperature > 0 and self.first.density == "point"
         self.density = "bound" if spread else self.first.density
         maps = config.first_stage.maps
@@ -79,7 +82,9 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         noise = self.noise_for(len(features.target), noise)
         found, log_q = self._codes(features, noise, latents)
         indices = [quantised.indices for quantised in found]
-        labels = self._known(features.labels, noise)
+        labels = features.labels
+        if labels is not None and self.training:
+            labels = partly_unknown(labels, noise[0], self.config.label_dropout)
         rates = torch.stack([self._rate(level, indices, labels) for level in range(len(indices))], dim=1)
         with torch.set_grad_enabled(self.config.train_decoder and torch.is_grad_enabled()):
             likelihood = self.first.likelihood(self.first.network.values(indices))
@@ -113,8 +118,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
                 codes = self.first.config.quantiser.codes
                 indices.append(uniform_codes(noise[level][:, 0], codes, scales[level]))
                 continue
-            guidance = self.config.guidance
-            drawn = prior.draw(noise[level], indices, labels, temperature=scales[level], guidance=guidance)
+            drawn = prior.draw(noise[level], indices, labels, temperature=scales[level], guidance=self.guidance)
             indices.append(drawn)
         return self.first.likelihood(self.first.network.values(indices))
 
@@ -161,6 +165,14 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         self.first.eval()
         return self
 
+    def set_guidance(self, guidance: float) -> None:
+        """In the place of `model.guidance`. Raises UserError where it is negative, or where there are no classes."""
+        if not 0 <= guidance < math.inf:
+            raise UserError(f"guidance: takes a number from 0 on, found {guidance:g}")
+        if guidance and not self.config.classes:
+            raise UserError("guidance: only samples of a class are guided, and model.classes is 0")
+        self.guidance = guidance
+
     def set_recomputation(self, mode: Recomputation) -> None:
         """`cells`: the backward pass runs blocks of the priors again."""
         for prior in self.priors.values():
@@ -185,16 +197,6 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         learns = self.config.level is None or self.config.level == level
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return prior.nats(indices[level], prior.condition(indices[:level], labels))
-
-    def _known(self, labels: Tensor | None, noise: Noise) -> Tensor | None:
-        """The labels; in training a part of them counts as unknown, which an image's own noise decides.
-
-        It is the digits of its first number that no draw of a code depends on.
-        """
-        if labels is None or not self.training:
-            return labels
-        share = torch.frac(2.0**12 * noise[0].flatten(1)[:, 0].abs())
-        return labels.masked_fill(share < self.config.label_dropout, -1)
 
     @torch.no_grad()
     def _codes(
