@@ -192,7 +192,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         lam = spectral_weight(coefficient, objective)
         balances = objective.kl_balance and coefficient < 1
         weights = balance_weights(output.kl, self.balance_factors(output.kl.device)) if balances else None
-        kl = balanced_kl(output.kl, coefficient, weights)
+        kl = objective.kl_weight * balanced_kl(output.kl, coefficient, weights)
         loss = (output.reconstruction + kl).mean()
         metrics = {
             "nelbo": (output.reconstruction + output.kl.sum(1)).mean().detach(),
