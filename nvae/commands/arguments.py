@@ -1,6 +1,8 @@
 """Arguments that evaluate.py and sample.py share."""
 
 import argparse
+import math
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,26 @@ def natural(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"takes a whole number from 1 on, found '{text}'")
     return int(text)
+
+
+def amount(text: str) -> float:
+    """A number from 0 on."""
+    return _within(text, 0, math.inf, "from 0 on")
+
+
+def fraction(text: str) -> float:
+    """A number above 0, up to 1."""
+    return _within(text, sys.float_info.min, 1, "above 0, up to 1")
+
+
+def _within(text: str, least: float, most: float, allowed: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (least <= number <= most and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"takes a number {allowed}, found '{text}'")
+    return number
 
 
 def numbers(text: str) -> list[float]:

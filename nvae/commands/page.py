@@ -62,6 +62,7 @@ def page_of(subject: Subject, *, seed: int = 0, readjust: bool = False) -> Page:
         facts=_facts(subject, active),
         entries=bounds,
         qualities=[entry for entry in entries if "metrics" in entry],
+        scores=[entry for entry in entries if "accuracy" in entry],
         charts=[chart for chart in (_chart(lines, *what) for what in CHARTS) if chart.series],
         kl_per_group=kl,
         active_units=active,

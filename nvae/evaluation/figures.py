@@ -151,6 +151,7 @@ class Evaluation:
             "likelihood": config.likelihood.model_dump(mode="json"),
             "sums_to_one": config.likelihood.sums_to_one,
             "is_density": likelihood.is_density,
+            "classes": config.classes,
         }
 
 
