@@ -9,6 +9,7 @@ import pytest
 import torch
 from entry_scripts import call, results_of
 from PIL import Image
+from processes import start_ranks
 from stand_in_features import stand_in
 from torch import Tensor
 
@@ -227,3 +228,28 @@ def test_the_classifier_of_the_scores_is_the_one_that_rejects(run: Path) -> None
     before = (run / classification.CLASSIFIER).read_bytes()
     call("sample", run, "--classes", 1, "--count", 1, "--keep", "0.5")
     assert (run / classification.CLASSIFIER).read_bytes() == before
+
+
+# -------------------------------------------------------------------------------------------------------------- ranks
+
+
+def _on_a_rank(run: Path, out: Path) -> None:
+    assert call("evaluate", run, "--cas", "--count", 60, "--batch", 7, "--out", out) == 0
+    assert call("sample", run, "--classes", 1, 2, "--count", 3, "--keep", "0.5", "--batch", 3, "--out", out) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(run: Path, tmp_path: Path) -> None:
+    _on_a_rank(run, tmp_path / "one")
+    processes = start_ranks(2, _on_a_rank, run, tmp_path / "two")
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = (next(iter(results_of(tmp_path / name).values())) for name in ("one", "two"))
+    assert one["training_images"] == two["training_images"]
+    assert one["agreement"] == pytest.approx(two["agreement"], abs=0.05)
+    kept = [
+        sorted(file.name for file in (tmp_path / name / "samples/t1-seed0-classes1-2-keep0.5").iterdir())
+        for name in ("one", "two")
+    ]
+    assert kept[0] == kept[1] and len(kept[0]) == 6
