@@ -20,7 +20,7 @@ from ..models.base import Family
 from ..sampling import latent_space
 from ..sampling.images import TEMPERATURES, sample_images
 from ..sampling.pictures import grid, png, strip
-from .latents import images_of
+from .latents import batch_of, told
 from .prior import model_at
 from .subject import Subject
 
@@ -130,9 +130,9 @@ def _samples(subject: Subject, seed: int, readjust: bool) -> Iterator[Picture]:
 
 def _strips(subject: Subject, seed: int) -> Iterator[Picture]:
     count = min(IMAGES, len(open_images(subject.data, "test")))
-    images = images_of(subject, "test", 0, count, seed=seed)
-    model = subject.model.for_inference()
-    rebuilt = latent_space.reconstruct(model, images, seed=seed)
+    batch = batch_of(subject, "test", 0, count, seed=seed)
+    images, model = batch.images, subject.model.for_inference()
+    rebuilt = latent_space.reconstruct(model, images, labels=told(subject, batch), seed=seed)
     yield Picture("Reconstructions", "test images, and what the model makes of them", _rows(subject, images, rebuilt))
     yield from _interpolation(model, images, seed)
 

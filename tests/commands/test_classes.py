@@ -20,9 +20,11 @@ from nvae.commands.quality import evaluate_fid
 from nvae.commands.subject import open_subject
 from nvae.core.config import dump_yaml
 from nvae.core.errors import UserError
+from nvae.data.sets import open_images
 from nvae.evaluation.classification import ClassifierConfig
 from nvae.models.nvae.model import NVAE
 from nvae.models.registry import build
+from nvae.sampling import latent_space
 from nvae.training.config import run_config
 
 DIGITS: dict[str, Any] = {
@@ -149,6 +151,23 @@ def test_a_model_without_classes_has_no_samples_of_them(tmp_path: Path) -> None:
         call("sample", run, "--classes", 1)
     with pytest.raises(UserError, match="--cas: samples of this NVAE have no class"):
         call("evaluate", run, "--cas")
+
+
+@pytest.mark.parametrize("command", ["sample reconstruct --count 10", "evaluate --report"])
+def test_reconstructions_are_of_images_whose_class_is_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    seen, original = [], latent_space.reconstruct
+
+    def reconstruct(*args: Any, labels: Tensor, **options: Any) -> Tensor:
+        seen.extend(labels.tolist())
+        return original(*args, labels=labels, **options)
+
+    monkeypatch.setattr(latent_space, "reconstruct", reconstruct)
+    script, *arguments = command.split()
+    call(script, run, *arguments)
+    images = open_images(open_subject(run, device=torch.device("cpu")).data, "test")
+    assert seen == images.labels[:10].tolist()
 
 
 # --------------------------------------------------------------------------------------------------------- rejection
