@@ -21,7 +21,7 @@ from ..models.base import Family
 from ..sampling import latent_space
 from ..sampling.images import TEMPERATURES, sample_images
 from ..sampling.pictures import grid, png, strip
-from .latents import images_of
+from .latents import batch_of, told
 from .prior import model_at
 from .subject import Subject
 
@@ -77,6 +77,7 @@ def page_of(subject: Subject, *, seed: int = 0, readjust: bool = False) -> Page:
         facts=_facts(subject, active),
         entries=bounds,
         qualities=[entry for entry in entries if "metrics" in entry],
+        scores=[entry for entry in entries if "accuracy" in entry],
         charts=[chart for chart in (_chart(lines, *what) for what in CHARTS) if chart.series],
         kl_per_group=kl,
         active_units=active,
@@ -154,11 +155,14 @@ def _samples(subject: Subject, seed: int, readjust: bool) -> Iterator[Picture]:
 
 def _strips(subject: Subject, seed: int) -> Iterator[Picture]:
     count = min(IMAGES, len(open_images(subject.data, "test")))
-    images = images_of(subject, "test", 0, count, seed=seed)
-    model = subject.model.for_inference()
-    rebuilt = latent_space.reconstruct(model, images, seed=seed)
+    batch = batch_of(subject, "test", 0, count, seed=seed)
+    images, labels, model = batch.images, told(subject, batch), subject.model.for_inference()
+    rebuilt = latent_space.reconstruct(model, images, labels=labels, seed=seed)
     top = range(1, len(model.latent_shapes(1))) if model.codes else []
-    parts = [latent_space.reconstruct(model, images, groups=groups, temperature=0.0, seed=seed) for groups in top]
+    parts = [
+        latent_space.reconstruct(model, images, labels=labels, groups=groups, temperature=0.0, seed=seed)
+        for groups in top
+    ]
     caption = "test images, and what the model makes of them"
     if parts:
         caption += ": of the codes of the top levels alone, the others the likeliest, then of all"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bricks.likelihoods import LIKELIHOODS
-from ..models.base import ModelConfig
+from ..models.config import ModelConfig
 
 ACTIVE = 0.1
 """A latent channel whose mean KL over the images is above this many nats is active (spec §6)."""
@@ -165,6 +165,7 @@ class Evaluation:
             "sums_to_one": config.likelihood.sums_to_one,
             "is_density": likelihood.is_density,
             **({"codebooks": codebooks} if (codebooks := self.codebooks()) else {}),
+            "classes": config.classes,
         }
 
 

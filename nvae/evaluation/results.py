@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import sys
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..core.distributed import barrier, from_rank_zero, rank
 from ..core.errors import UserError
 from ..core.files import atomic_file, lock, require_writable
-from ..models.base import Family
-from .reference import beside_published, has_bound, reservations, value_in
+from .reference import beside_published, density_of, has_bound, reservations, value_in
 
 
-def fingerprint(model: Family[Any]) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Sixteen digits that tell one set of weights from another: SHA-256 of every tensor, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -120,10 +121,10 @@ def label_of(name: str) -> str:
 
 def _estimates(entry: Mapping[str, Any]) -> list[str]:
     draws = f", mean of {entry['draws']} test draws" if entry["draws"] > 1 else ""
-    header = "−log p(x) is at most" if has_bound(entry) else "no bound on log p(x)"
+    header = f"−log {density_of(entry)} is at most" if has_bound(entry) else "no bound on log p(x)"
     lines = [
         f"{entry['data']} {entry['split']}, {entry['images']} images{draws}, {entry['weights']} weights",
-        f"{header:<22}{'nats':>12}{'± s.e.':>10}{'bits/dim':>11}{'± s.e.':>9}",
+        f"{header:<30}{'nats':>4}{'± s.e.':>10}{'bits/dim':>11}{'± s.e.':>9}",
     ]
     for name, estimate in entry["estimates"].items():
         if name == "squared_error":
@@ -188,3 +189,28 @@ def quality_table(entry: Mapping[str, Any]) -> str:
             f"precision, recall  {found['precision']:.3f}, {found['recall']:.3f}",
         ]
     )
+
+
+def scores_table(entry: Mapping[str, Any]) -> str:
+    """An entry of what classifiers say as text."""
+    temperature = ", ".join(f"{value:g}" for value in entry["temperature"])
+    guidance = f", guidance {entry['guidance']:g}" if entry["guidance"] else ""
+    lines = [
+        f"{entry['data']}, {entry['samples']} samples at temperature {temperature}{guidance}, seed {entry['seed']}",
+        f"top-1 accuracy on {entry['test_images']} test images of classifiers trained on",
+    ]
+    for name, accuracy in entry["accuracy"].items():
+        lines.append(f"{entry['training_images'][name]:>8} {name:<18}{in_percent(accuracy, entry['test_images'])}")
+    worst = min(entry["agreement_by_class"], key=entry["agreement_by_class"].__getitem__)
+    return "\n".join(
+        [
+            *lines,
+            f"the one of real images takes {in_percent(entry['agreement'], entry['samples'])} of the samples for their "
+            f"class, fewest of class {worst}: {100 * entry['agreement_by_class'][worst]:.1f} %",
+        ]
+    )
+
+
+def in_percent(fraction: float, count: int) -> str:
+    """A fraction of so many with its standard error."""
+    return f"{100 * fraction:.1f} ± {100 * math.sqrt(fraction * (1 - fraction) / count):.1f} %"

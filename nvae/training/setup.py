@@ -16,7 +16,8 @@ from ..data.sets import open_images
 from ..evaluation.bounds import check_samples
 from ..kernels.fusion import compile_each
 from ..kernels.operations import settle, use
-from ..models.base import Family, ModelConfig
+from ..models.base import Family
+from ..models.config import ModelConfig
 from ..models.registry import build
 from .beginning import begin
 from .config import AnyRunConfig, run_config
@@ -61,6 +62,7 @@ def ready(
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
     data, seed = config.data, config.seed
     images, held_out = open_images(data, "train"), open_images(data, "validation")
+    require_classes(images.labels, held_out.labels, config.model.classes)
     content = content_of({"train": images, "validation": held_out})
     earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
     source = _source(config) if saved is None else None
@@ -107,6 +109,17 @@ def ready(
     )
     notes = [f"changed since the last checkpoint: {note}" for note in notes]
     return Ready(config, content, trainer, [*notes, *warm, _greeting(config, trainer)])
+
+
+def require_classes(labels: torch.Tensor, held_out: torch.Tensor, classes: int) -> None:
+    """Raises UserError where a model of classes would see images of others, or none of any; labels are −1 for these."""
+    if classes == 0:
+        return
+    highest = max(int(found.max()) for found in (labels, held_out))
+    if highest >= classes:
+        raise UserError(f"model.classes: is {classes}, but the images have classes up to {highest}")
+    if int(labels.max()) < 0:
+        raise UserError(f"model.classes: is {classes}, but no training image has a class")
 
 
 def images_per_update(config: AnyRunConfig) -> int:

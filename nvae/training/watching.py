@@ -19,7 +19,8 @@ from ..data.images import Images
 from ..data.loading import evaluation_batches
 from ..evaluation.bounds import evaluate_batches
 from ..evaluation.figures import ACTIVE, Evaluation, bits_per_dim, dims_of
-from ..models.base import Family, Metrics, ModelConfig, Output
+from ..models.base import Family, Metrics, Output
+from ..models.config import ModelConfig
 from ..sampling.images import TEMPERATURES
 
 

@@ -59,7 +59,7 @@ def test_its_whole_is_compiled_for_training_where_it_names_no_parts(
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("classes", [0, 10])
 def test_labels_reach_it_in_training_where_it_has_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
 ) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nvae.bricks.latents import Normal, kl_divergence
 from nvae.bricks.likelihoods import Likelihood
-from nvae.models.base import Family, Metrics, ModelConfig, Noise, Output, Temperature, temperatures
+from nvae.models.base import Family, Metrics, Noise, Output, Temperature, temperatures
+from nvae.models.config import ModelConfig
 
 LATENTS, SPREAD, WIDER, OFF = 3, 0.3, 1.5, 0.1
 

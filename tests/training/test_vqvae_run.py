@@ -1,5 +1,6 @@
 """VQ-VAE through the same commands as every family: both stages trained, cut short, on two ranks, evaluated, drawn."""
 
+import json
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -211,6 +212,18 @@ def test_evaluation_is_compiled_where_asked_for(first: Path, prior: Path, monkey
 def test_both_are_sampled(first: Path, prior: Path, arguments: list[Any]) -> None:
     for folder in (first, prior):
         assert call("sample", folder, *arguments, "--count", 2) == 0
+
+
+def test_a_prior_with_classes_draws_them_with_guidance(first: Path, tmp_path: Path) -> None:
+    assert train_in(tmp_path, prior_config(first, "model.classes=10")) == "finished"
+    for guidance in (0, 2.5):
+        out = tmp_path / str(guidance)
+        options = ["--classes", 3, 0, "--count", 2, "--guidance", guidance, "--out", out]
+        assert call("sample", tmp_path / "prior", *options) == 0
+        (file,) = (out / "samples").glob("*.json")
+        about = json.loads(file.read_text())
+        assert about["classes"] == [3, 0] and about["guidance"] == guidance
+        assert ("guidance2.5" in file.name) == bool(guidance)
 
 
 def test_they_have_a_page(prior: Path) -> None:

@@ -28,13 +28,13 @@ from ..base import (
     FirstImages,
     LatentKind,
     Metrics,
-    ModelConfig,
     Noise,
     Output,
     Recomputation,
     Temperature,
     temperatures,
 )
+from ..config import ModelConfig
 from .config import VQVAEConfig
 from .network import Choice, Network, chosen_nearest
 

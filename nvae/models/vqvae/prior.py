@@ -4,6 +4,7 @@ Codes are made of each batch by the frozen encoder, in float32 and without gradi
 changing them. Shapes: B images, L levels top-down, K codes, h w space of a map.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, cast
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ...bricks.labels import partly_unknown
 from ...bricks.likelihoods import Likelihood
 from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_distances
 from ...core.errors import UserError
@@ -20,13 +22,13 @@ from ..base import (
     FirstImages,
     LatentKind,
     Metrics,
-    ModelConfig,
     Noise,
     Output,
     Recomputation,
     Temperature,
     temperatures,
 )
+from ..config import ModelConfig
 from .config import VQVAEPriorConfig
 from .model import FIRST, VQVAE, Features, metrics_of, uniform_codes
 from .network import chosen_nearest
@@ -53,6 +55,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             raise UserError(f"model.codes: {config.codes} was not read; its first stage is part of a prior's config")
         self.first = VQVAE(config.first_stage)
         self.codes = self.first.codes
+        self.guidance = config.guidance
         spread = config.posterior_temperature > 0 and self.first.density == "point"
         self.density = "bound" if spread else self.first.density
         maps = config.first_stage.maps
@@ -91,7 +94,9 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         """The codes of encoded images, nearest or drawn, what they cost, and what they decode to."""
         noise = self.noise_for(len(features.target), noise)
         indices, log_q = self._codes(features, noise, latents)
-        labels = self._known(features.labels, noise)
+        labels = features.labels
+        if labels is not None and self.training:
+            labels = partly_unknown(labels, noise[0], self.config.label_dropout)
         rates = torch.stack([self._rate(level, indices, labels) for level in range(len(indices))], dim=1)
         with torch.set_grad_enabled(self.config.train_decoder and torch.is_grad_enabled()):
             likelihood = self.first.likelihood(self.first.network.values(indices))
@@ -125,8 +130,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
                 codes = self.first.config.quantiser.codes
                 indices.append(uniform_codes(noise[level][:, 0] * bool(scales[level]), codes))
                 continue
-            guidance = self.config.guidance
-            drawn = prior.draw(noise[level], indices, labels, temperature=scales[level], guidance=guidance)
+            drawn = prior.draw(noise[level], indices, labels, temperature=scales[level], guidance=self.guidance)
             indices.append(drawn)
         return self.first.likelihood(self.first.network.values(indices))
 
@@ -217,6 +221,14 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         self.first.eval()
         return self
 
+    def set_guidance(self, guidance: float) -> None:
+        """In the place of `model.guidance`. Raises UserError where it is negative, or where there are no classes."""
+        if not 0 <= guidance < math.inf:
+            raise UserError(f"guidance: takes a number from 0 on, found {guidance:g}")
+        if guidance and not self.config.classes:
+            raise UserError("guidance: only samples of a class are guided, and model.classes is 0")
+        self.guidance = guidance
+
     def set_recomputation(self, mode: Recomputation) -> None:
         """`cells`: the backward pass runs blocks of the priors again."""
         for prior in self.priors.values():
@@ -241,16 +253,6 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         learns = self.config.level is None or self.config.level == level
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return prior.nats(indices[level], prior.condition(indices[:level], labels))
-
-    def _known(self, labels: Tensor | None, noise: Noise) -> Tensor | None:
-        """The labels; in training a part of them counts as unknown, which an image's own noise decides.
-
-        It is the digits of its first number that no draw of a code depends on.
-        """
-        if labels is None or not self.training:
-            return labels
-        share = torch.frac(2.0**12 * noise[0].flatten(1)[:, 0].abs())
-        return labels.masked_fill(share < self.config.label_dropout, -1)
 
     @torch.no_grad()
     def _codes(self, features: Features, noise: Noise, latents: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:

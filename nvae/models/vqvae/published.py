@@ -15,7 +15,8 @@ from ...bricks.causal import GatedBlock
 from ...bricks.likelihoods import MixtureEdge
 from ...bricks.quantiser import AveragedQuantiser
 from ...core.errors import UserError
-from ..base import Family, ModelConfig
+from ..base import Family
+from ..config import ModelConfig
 from ..renaming import Shapes, load_renamed, renamed, side_of
 from .config import VQVAEConfig
 from .model import VQVAE
