@@ -55,7 +55,7 @@ def run() -> int:
     if args.fatal and not outs:
         raise UserError("--fatal: has no effect without OUT, only preparing leaves images out")
     if args.processes is not None and not (outs or args.verify):
-        raise UserError("--processes: has no effect on --describe, only on preparing and --verify")
+        raise UserError("--processes: has no effect here, only on preparing and --verify")
     fields = [word for word in args.rest if "=" in word]
     require_words_used(fields, prepares=bool(outs), describes=bool(args.describe), codes=args.codes is not None)
     config = read_config(args.source, fields, args.config)

@@ -112,7 +112,7 @@ def test_codes_are_drawn_in_mixed_precision(prior: Path) -> None:
 def test_images_are_rebuilt_from_the_top_levels_alone(prior: Path) -> None:
     arguments = ("reconstruct", "--groups", 1, 2, "--temperature", 0, "--count", 2)
     assert call("sample", prior, *arguments) == 0
-    width, height = Image.open(prior / "samples" / "reconstructions.png").size
+    width, height = Image.open(prior / "samples" / "reconstructions-raw.png").size
     assert width > height  # the image, its top level alone, both
 
 
@@ -143,7 +143,7 @@ def test_codes_are_not_interpolated_and_it_says_why(prior: Path, action: str) ->
 def test_samples_stand_beside_their_neighbours(first: Path, prior: Path) -> None:
     for folder in (first, prior):
         assert call("sample", folder, "neighbours", "--count", 2, "--nearest", 3) == 0
-        assert (folder / "samples" / "neighbours.png").exists()
+        assert (folder / "samples" / "neighbours-raw.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- convert
