@@ -1,6 +1,7 @@
 """evaluate.py --cas: what classifiers say of samples of classes, into results.json; the classifier of real images."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,8 @@ from ..sampling.pictures import to_bytes
 from .prior import model_at
 from .subject import Subject
 
+BINARISED = 15_000
+"""Images, at least, that classifiers see where each is binarised anew at every draw."""
 CLASSIFIER = Path("evaluation/classifier.safetensors")
 """The classifier of real images, in the folder of results."""
 
@@ -48,29 +51,33 @@ def evaluate_cas(
 ) -> dict[str, Any]:
     """The entry of results.json for samples at a temperature: found there, or measured now; printed.
 
-    As many samples as there are training images, or `samples`, their classes in the training images' proportions. All
-    ranks draw and reconstruct, the first one trains the classifiers. Raises UserError for a model without classes, and
+    As many samples as there are training images, or `samples`, their classes in the training images' proportions. Few
+    binarised images are drawn several times, to be `BINARISED` at least. All ranks draw and reconstruct, the first one
+    trains the classifiers. Raises UserError for a model without classes, and
     for images without.
     """
     require_classes(subject, "--cas")
     config, split = config or ClassifierConfig(), subject.reference_split
     labels, tested = labels_of(subject, split), places_of_known(subject, "test")
     known = places_of_known(subject, split)
-    count = samples or len(known)
+    times = draws_of(subject, len(known))
+    count = samples or times * len(known)
     about = {"content": subject.content(split), "binarize": subject.data.binarize}
 
     def measure(_: Path) -> dict[str, Any]:
         model, at = model_at(subject, temperature, readjust=readjust, seed=seed)
         collector = Collector(subject, batch or subject.data.batch, seed)
         used = known[in_proportion(labels[known], min(count, len(known)))]
-        real, rebuilt = collector.real(split, used), collector.reconstructed(split, used, model)
+        draws = range(min(times, math.ceil(count / len(known))))
+        real, rebuilt = collector.real(split, used, draws), collector.reconstructed(split, used, model, draws)
         drawn = collector.drawn(model, at, drawn_like(subject, split, count))
         test = collector.real("test", tested)
         found: dict[str, Any] | None = None
         if rank() == 0:
             sets = {"real images": real, "reconstructions": rebuilt, "samples": drawn}
             classifiers = {name: trained(subject, images, config, seed) for name, images in sets.items()}
-            save_classifier(subject.folder / CLASSIFIER, classifiers["real images"], about)
+            if count >= times * len(known):
+                save_classifier(subject.folder / CLASSIFIER, classifiers["real images"], about)
             found = scores(classifiers, sets, test)
         return {**cast("dict[str, Any]", from_rank_zero(found)), **subject.origin}
 
@@ -103,7 +110,8 @@ def real_classifier(subject: Subject, seed: int = 0, config: ClassifierConfig | 
         model, about = load_classifier(file, subject.device)
         if about == wanted and model.classes == subject.model.config.classes:
             return model
-    real = Collector(subject, subject.data.batch, seed).real(split, places_of_known(subject, split))
+    known = places_of_known(subject, split)
+    real = Collector(subject, subject.data.batch, seed).real(split, known, range(draws_of(subject, len(known))))
     if rank() == 0:
         save_classifier(file, trained(subject, real, config or ClassifierConfig(), seed), wanted)
     barrier()
@@ -141,6 +149,11 @@ def places_of_known(subject: Subject, split: Split) -> Tensor:
     return known
 
 
+def draws_of(subject: Subject, count: int) -> int:
+    """How often a classifier sees so many images: once, unless they are few and binarised anew at every draw."""
+    return math.ceil(BINARISED / count) if subject.data.binarize else 1
+
+
 def drawn_like(subject: Subject, split: Split, count: int) -> Tensor:
     """Classes (count,) in the proportions of those of a split's images."""
     known = labels_of(subject, split)[places_of_known(subject, split)]
@@ -156,22 +169,24 @@ class Collector:
     def __init__(self, subject: Subject, batch: int, seed: int) -> None:
         self.subject, self.batch, self.seed = subject, batch, seed
 
-    def real(self, split: Split, places: Tensor) -> LabelledImages:
-        """The images at these places of a split, as the model takes them."""
+    def real(self, split: Split, places: Tensor, draws: Sequence[int] = (0,)) -> LabelledImages:
+        """The images at these places of a split as the model takes them, binarised in each of these draws."""
         size = self.subject.data.size
-        return self._gathered(split, places, lambda batch: center_crop(batch.images, [size]))
+        return self._gathered(split, places, draws, lambda batch, draw: center_crop(batch.images, [size]))
 
-    def reconstructed(self, split: Split, places: Tensor, model: Family[Any]) -> LabelledImages:
-        """What the model makes of them: drawn from p(x | z), of one draw of z."""
+    def reconstructed(
+        self, split: Split, places: Tensor, model: Family[Any], draws: Sequence[int] = (0,)
+    ) -> LabelledImages:
+        """What the model makes of them: drawn from p(x | z), of one z for each draw."""
 
-        def rebuilt(batch: Batch) -> Tensor:
-            shapes = model.latent_shapes(len(batch.indices))
-            noise = keyed_normal(shapes, batch.indices, self.seed, "reconstruct", self.subject.device)
+        def rebuilt(batch: Batch, draw: int) -> Tensor:
+            shapes, stream = model.latent_shapes(len(batch.indices)), f"reconstruct/{draw}" if draw else "reconstruct"
+            noise = keyed_normal(shapes, batch.indices, self.seed, stream, self.subject.device)
             with self.subject.autocast():
                 output = model.decode(model.encode(batch.images, batch.labels), noise=noise)
-                return pixels_of(output.likelihood, batch.indices, seed=self.seed, pixels="draw")
+                return pixels_of(output.likelihood, batch.indices, seed=self.seed + draw, pixels="draw")
 
-        return self._gathered(split, places, rebuilt)
+        return self._gathered(split, places, draws, rebuilt)
 
     def drawn(self, model: Family[Any], temperature: Temperature, classes: Tensor) -> LabelledImages:
         """A sample of each of these classes, its pixels drawn."""
@@ -189,14 +204,32 @@ class Collector:
         return _together((numbers, images, [labels[number] for number in numbers]) for numbers, images in batches)
 
     @torch.no_grad()
-    def _gathered(self, split: Split, places: Tensor, show: Callable[[Batch], Tensor]) -> LabelledImages:
-        """What is shown of the images at these places, by all ranks."""
-        data, device, wanted = self.subject.data, self.subject.device, frozenset(places.tolist())
-        images, ranks = open_images(data, split), {"rank": rank(), "world": world_size()}
-        share = evaluation_batches(images, data, batch=self.batch, device=device, seed=self.seed, **ranks)
-        shown = tqdm(share, f"{split} images", unit="batch", disable=rank() != 0)
-        chosen = (part for part in (_only(batch, wanted) for batch in shown) if part.indices)
-        return _together((part.indices, show(part), part.labels.tolist()) for part in chosen)
+    def _gathered(
+        self, split: Split, places: Tensor, draws: Sequence[int], show: Callable[[Batch, int], Tensor]
+    ) -> LabelledImages:
+        """What is shown of the images at these places in each draw, by all ranks; draw by draw."""
+        data, wanted = self.subject.data, frozenset(places.tolist())
+        images = open_images(data, split)
+
+        def parts() -> Iterator[tuple[list[int], Tensor, list[int]]]:
+            for draw in draws:
+                share = evaluation_batches(
+                    images,
+                    data,
+                    batch=self.batch,
+                    device=self.subject.device,
+                    seed=self.seed,
+                    rank=rank(),
+                    world=world_size(),
+                    draw=draw,
+                )
+                for batch in tqdm(share, f"{split} images", unit="batch", disable=rank() != 0):
+                    part = _only(batch, wanted)
+                    if part.indices:
+                        numbers = [draw * len(images) + index for index in part.indices]
+                        yield numbers, show(part, draw), part.labels.tolist()
+
+        return _together(parts())
 
 
 def _only(batch: Batch, wanted: frozenset[int]) -> Batch:

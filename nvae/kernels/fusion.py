@@ -7,8 +7,8 @@ region the function is simply a part of it. Without a compiler, or plainly, it r
 """
 
 from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import partial, wraps
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,8 @@ def fused(
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        of_one_size = torch.compile(function, fullgraph=True, dynamic=False)
-        of_any_size = torch.compile(function, fullgraph=True, dynamic=True) if dynamic else of_one_size
-        name = f"{function.__module__.removeprefix('nvae.')}.{function.__name__}"
+        kernels = _Kernels(function, dynamic, small)
         met: set[Any] = set()  # kinds of calls that surely compile nothing
-        sound: dict[tuple[torch.device, torch.dtype], bool] = {}
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -98,48 +95,63 @@ def fused(
             if torch.is_grad_enabled():
                 with torch.no_grad():
                     return call(*args, **kwargs)
-            assert isinstance(args[0], Tensor)
-            place = (args[0].device, args[0].dtype)
-            if place not in sound:
-                sound[place] = judged(args, *place)
-            if not sound[place]:
+            if not kernels.are_sound(args):
                 return function(*args, **kwargs)
             kind = (torch.get_num_threads(), torch.is_autocast_enabled(), *map(_kind, args))
             if kind in met:
                 try:
-                    return compiled(args[0])(*args, **kwargs)
+                    return kernels.of(args[0])(*args, **kwargs)
                 except LIMIT_HIT:  # somebody has emptied the compiler's memory
                     met.clear()
-            result = made(*args, **kwargs)
+            result = kernels.made(*args, **kwargs)
             met.add(kind)
             return result
-
-        def compiled(x: Any) -> Callable[P, R]:
-            return of_any_size if x.device.type in ANY_SIZE else of_one_size
-
-        def made(*args: Any, **kwargs: Any) -> R:
-            """Sizes that happen to be equal are no reason for a kernel of its own."""
-            with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                return compiled(args[0])(*args, **kwargs)
-
-        def judged(args: Call, device: torch.device, dtype: torch.dtype) -> bool:
-            """Compiled for the call itself first: sizes as they come decide how a kernel is made."""
-
-            def judge() -> str:
-                def kernel(*few: Any) -> Any:
-                    return made(*few) if not torch.is_grad_enabled() else NotImplemented
-
-                try:
-                    made(*args)
-                except Exception as error:
-                    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                return difference(function, kernel, [small(*args)], dtype) or SOUND
-
-            return verdict(f"{name} (compiled)", device, dtype, judge) == SOUND
 
         return call
 
     return decorate
+
+
+class _Kernels(Generic[P, R]):
+    """What a function is compiled to, and whether that says what the function says."""
+
+    def __init__(self, function: Callable[P, R], dynamic: bool, small: Callable[..., Call]) -> None:
+        self.function, self.small = function, small
+        self.name = f"{function.__module__.removeprefix('nvae.')}.{function.__name__} (compiled)"
+        self.of_one_size = torch.compile(function, fullgraph=True, dynamic=False)
+        self.of_any_size = torch.compile(function, fullgraph=True, dynamic=True) if dynamic else self.of_one_size
+        self._sound: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+    def of(self, x: Any) -> Callable[P, R]:
+        """For a first argument."""
+        return self.of_any_size if x.device.type in ANY_SIZE else self.of_one_size
+
+    def made(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The result, by a kernel that may have to be made. Sizes that happen to be equal are no reason for another."""
+        with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return self.of(args[0])(*args, **kwargs)
+
+    def are_sound(self, args: Call) -> bool:
+        """Whether they may be used for such a call."""
+        x = args[0]
+        place = (x.device, x.dtype)
+        if place not in self._sound:
+            self._sound[place] = verdict(self.name, *place, partial(self._judged, args, x.dtype)) == SOUND
+        return self._sound[place]
+
+    def _judged(self, args: Call, dtype: torch.dtype) -> str:
+        """Compiled for the call itself first: sizes as they come decide how a kernel is made."""
+
+        made: Callable[..., Any] = self.made
+
+        def kernel(*few: Any) -> Any:
+            return made(*few) if not torch.is_grad_enabled() else NotImplemented
+
+        try:
+            made(*args)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return difference(self.function, kernel, [self.small(*args)], dtype) or SOUND
 
 
 def in_one_pass(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -93,14 +93,7 @@ def ready(
         schedule,
         config.train,
         folder,
-        Tracker(
-            folder.path,
-            schedule.total_steps,
-            state.step,
-            state.log_lines,
-            wandb=config.train.wandb,
-            config=flat(resolved),
-        ),
+        _tracker(folder, state, schedule.total_steps, config),
         Watcher(held_out, data, importance_samples=config.train.validation_samples, seed=seed, device=device),
         interruption,
         accumulation=images_per_update(config) // (data.batch * world_size()),
@@ -149,6 +142,12 @@ def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> 
         Averaged(model, config.optim.ema, model.copied()) if config.optim.ema is not None else None,
         torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=precision == "fp16"),
     )
+
+
+def _tracker(folder: RunFolder, state: TrainingState, total_steps: int, config: AnyRunConfig) -> Tracker:
+    """Where a run is watched, from the step of its state on."""
+    shown = flat(config.model_dump(mode="json"))
+    return Tracker(folder.path, total_steps, state.step, state.log_lines, wandb=config.train.wandb, config=shown)
 
 
 def _take_weights(

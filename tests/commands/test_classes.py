@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,8 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classifiers are trained for a moment only."""
+    """Classifiers are trained for a moment only, on every image once."""
+    monkeypatch.setattr(classification, "BINARISED", 1)
     monkeypatch.setattr(classification, "ClassifierConfig", lambda: ClassifierConfig(passes=1, updates=1, channels=2))
 
 
@@ -231,6 +233,17 @@ def test_scores_are_measured_once_and_stand_on_the_page(run: Path, capsys: Any) 
     assert "samples taken for their class" in (run / "report.html").read_text()
 
 
+def test_few_binarised_images_are_drawn_several_times(run: Path) -> None:
+    subject = open_subject(run, device=torch.device("cpu"))
+    found = classification.Collector(subject, 4, seed=0).real("train", torch.arange(6), range(2))
+    assert len(found) == 12 and torch.equal(found.labels[:6], found.labels[6:])
+    first, second = found.images.split(6)
+    assert (first != second).any() and (first == second).double().mean() > 0.7
+    assert [classification.draws_of(subject, count) for count in (1500, 15000, 60000)] == [10, 1, 1]
+    grey: Any = SimpleNamespace(data=subject.data.model_copy(update={"binarize": False}))
+    assert classification.draws_of(grey, 1500) == 1
+
+
 @pytest.mark.usefixtures("brief")
 def test_scores_are_the_same_for_a_seed(run: Path, tmp_path: Path) -> None:
     found = []
@@ -244,6 +257,8 @@ def test_scores_are_the_same_for_a_seed(run: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("brief")
 def test_the_classifier_of_the_scores_is_the_one_that_rejects(run: Path) -> None:
     call("evaluate", run, "--cas", "--count", 20)
+    assert not (run / classification.CLASSIFIER).exists()  # it saw a part of the images
+    call("evaluate", run, "--cas")
     before = (run / classification.CLASSIFIER).read_bytes()
     call("sample", run, "--classes", 1, "--count", 1, "--keep", "0.5")
     assert (run / classification.CLASSIFIER).read_bytes() == before
