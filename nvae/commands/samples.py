@@ -92,6 +92,8 @@ def write_all(subject: Subject, args: Namespace) -> Iterator[str]:
     classes = classes_of(subject, args.classes)
     if args.guidance is not None:
         subject.model.set_guidance(args.guidance)
+    if not classes and not subject.model.config.knows_unlabelled:
+        raise UserError("--classes: the model knows no images without one (model.label_dropout=0); name some, or all")
     for option, is_given in (("--guidance", args.guidance is not None), ("--keep", args.keep < 1)):
         if is_given and not classes:
             raise UserError(f"{option}: is for samples of classes; name some with --classes, or all")

@@ -38,6 +38,11 @@ class ModelConfig(Config):
         """The same model with some fields of its likelihood changed."""
         return self.model_copy(update={"likelihood": self.likelihood.model_copy(update=fields)})
 
+    @property
+    def knows_unlabelled(self) -> bool:
+        """Whether the model has learned images that it was told no class of."""
+        return True
+
     def continuing(self, saved: "ModelConfig") -> Self:
         """The config of a run that goes on from weights whose config is `saved`: what is left open now is as it was."""
         return self
@@ -57,6 +62,10 @@ class ConditionalConfig(ModelConfig):
 
     label_dropout: float = Field(0.1, ge=0, lt=1)
     """Probability of training an image without its class, so that the model is unconditional too."""
+
+    @property
+    def knows_unlabelled(self) -> bool:
+        return self.classes == 0 or self.label_dropout > 0
 
     def idle(self) -> dict[str, str]:
         return {} if self.classes else {"label_dropout": "the model takes no classes"}

@@ -65,13 +65,26 @@ def sample_images(
 ) -> Tensor:
     """The samples of these numbers, (n, C, H, W) in [0, 1], each of its class if there are `classes` (−1: of none).
 
+    Without, samples are of those of `usual_labels`.
+
     `pixels`: the mean image of p(x | z), or a draw from it (at temperature 1; the latents' is `temperature`).
     """
     device = next(model.parameters()).device
     noise = keyed_normal(model.latent_shapes(len(indices)), indices, seed, "sample", device)
-    labels = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
+    labels = usual_labels(model, indices) if classes is None else torch.tensor(classes, device=device)
     likelihood = model.sample(len(indices), temperature, noise, labels=labels)
     return pixels_of(likelihood, indices, seed=seed, pixels=pixels)
+
+
+def usual_labels(model: Family[Any], indices: Sequence[int]) -> Tensor | None:
+    """The classes (n,) of samples of these numbers that no class was asked of: none.
+
+    A model that has learned no images without a class draws number i of class i mod K.
+    """
+    if model.config.knows_unlabelled:
+        return None
+    classes: int = model.config.classes
+    return torch.tensor(indices, device=next(model.parameters()).device) % classes
 
 
 def pixels_of(likelihood: Likelihood, indices: Sequence[int], *, seed: int = 0, pixels: Pixels = "mean") -> Tensor:
@@ -136,7 +149,7 @@ def readjust(
         for number in range(rank(), batches, world_size()):
             indices = range(number * batch, (number + 1) * batch)
             noise = keyed_normal(model.latent_shapes(batch), indices, seed, "readjust", device)
-            model.sample(batch, temperature, noise)
+            model.sample(batch, temperature, noise, labels=usual_labels(model, indices))
             total += in_float64(torch.cat(buffers))  # what the decoder does not use adds its own value each time
     model.eval()
     average = sum_over_ranks(total) / batches

@@ -21,7 +21,7 @@ from ..evaluation.bounds import evaluate_batches
 from ..evaluation.figures import ACTIVE, Evaluation, bits_per_dim, dims_of
 from ..models.base import Family, Metrics, Output
 from ..models.config import ModelConfig
-from ..sampling.images import TEMPERATURES
+from ..sampling.images import TEMPERATURES, usual_labels
 
 
 def quotes_bits(config: ModelConfig) -> bool:
@@ -113,6 +113,6 @@ class Watcher:
         reconstructions = model(batch.images, first, *labels).likelihood.mean()
         pictures = {"reconstructions": make_grid(torch.cat([batch.images, reconstructions]), nrow=len(batch.indices))}
         for temperature in TEMPERATURES:
-            samples = model.sample(count, temperature, noise).mean()
+            samples = model.sample(count, temperature, noise, labels=usual_labels(model, range(count))).mean()
             pictures[f"samples/{temperature}"] = make_grid(samples, nrow=4)
         return pictures

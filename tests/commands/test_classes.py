@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nvae.bricks.labels import ClassVectors
 from nvae.checkpoints.format import save_checkpoint
+from nvae.checkpoints.loading import load_model
 from nvae.commands import classification, samples
 from nvae.commands.quality import evaluate_fid
 from nvae.commands.subject import open_subject
@@ -26,6 +27,7 @@ from nvae.evaluation.classification import ClassifierConfig
 from nvae.models.nvae.model import NVAE
 from nvae.models.registry import build
 from nvae.sampling import latent_space
+from nvae.sampling.images import sample_images
 from nvae.training.config import run_config
 
 DIGITS: dict[str, Any] = {
@@ -46,9 +48,9 @@ DIGITS: dict[str, Any] = {
 }
 
 
-def begun(folder: Path, classes: int = 10) -> Path:
+def begun(folder: Path, classes: int = 10, **model_fields: Any) -> Path:
     """The folder of a run of digits that has just begun; what it has of classes it uses."""
-    config = run_config({**DIGITS, "model": {**DIGITS["model"], "classes": classes}}, "digits")
+    config = run_config({**DIGITS, "model": {**DIGITS["model"], "classes": classes, **model_fields}}, "digits")
     torch.manual_seed(0)
     model = build(config.model)
     for module in model.modules():
@@ -122,6 +124,14 @@ def test_an_array_of_samples_has_their_classes_beside_it(run: Path) -> None:
     assert found["labels"].tolist() == [2, 5] * 3
     assert found["images"].shape == (6, 8, 8, 1)
     assert np.mean(found["images"][1, :, :, 0] == pixels(run / "samples/t1-seed0-classes5-2/000005-class5.png")) > 0.98
+
+
+def test_a_model_that_has_always_been_told_the_class_draws_one_class_after_the_other(tmp_path: Path) -> None:
+    run = begun(tmp_path, label_dropout=0.0)
+    model, numbers = load_model(run), range(8, 14)
+    assert torch.equal(sample_images(model, numbers), sample_images(model, numbers, classes=[8, 9, 0, 1, 2, 3]))
+    with pytest.raises(UserError, match="--classes: the model knows no images without one"):
+        call("sample", run, "--count", 2)
 
 
 def test_many_classes_have_a_short_name(run: Path) -> None:

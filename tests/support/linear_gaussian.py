@@ -122,6 +122,7 @@ class LinearGaussian(Family[ModelConfig]):
         temperature: Temperature = 1.0,
         noise: Noise | None = None,
         latents: Sequence[Tensor] | None = None,
+        labels: Tensor | None = None,
     ) -> Likelihood:
         noise = [torch.randn(shape) for shape in self.latent_shapes(n)] if noise is None else noise
         return self._likelihood(latents[0] if latents else temperatures(temperature, 1)[0] * noise[0].double())
