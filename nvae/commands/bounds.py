@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from ..data.loading import Batch, evaluation_batches
 from ..data.sets import open_images
 from ..data.splits import Split
-from ..evaluation.bounds import check_samples, evaluate, has_importance_weights
+from ..evaluation.bounds import evaluate
 from ..evaluation.results import once, table
 from ..kernels.fusion import compile_each
 from .subject import Subject
@@ -39,8 +39,8 @@ def samples_for(subject: Subject, asked: int | None) -> int:
 
     Raises UserError where they are asked of a model that has none.
     """
-    check_samples(subject.model, asked or 1)
-    return asked or (DEFAULT_SAMPLES if has_importance_weights(subject.model) else 1)
+    subject.model.check_samples(asked or 1)
+    return asked or (DEFAULT_SAMPLES if subject.model.has_importance_weights else 1)
 
 
 def evaluate_bounds(

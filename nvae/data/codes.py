@@ -216,14 +216,6 @@ class StoredCodes:
                     "make them again"
                 )
 
-    def require_made_by(self, first_stage: str) -> None:
-        """Raises UserError where they are the codes of another first stage than a model's (`Family.coding`)."""
-        if self.coding.first_stage != first_stage:
-            raise UserError(
-                f"data.stored_codes: {self.path} keeps the codes of {self.coding.made_by} "
-                f"({self.coding.first_stage}), but the model is built on another first stage ({first_stage})"
-            )
-
     def read(self, positions: Sequence[int], mirrored: Collection[int] = ()) -> Tensor:
         """The codes (B, S) int64, on the CPU, of the images at `positions`; of mirror images in the `mirrored` rows."""
         rows, mirror = [], set(mirrored)

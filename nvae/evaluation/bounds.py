@@ -105,27 +105,6 @@ def bounds_of(log_weights: Tensor) -> dict[int, Tensor]:
     return bounds
 
 
-def has_importance_weights(model: Family[Any]) -> bool:
-    """True where log p(x) is bounded through a density of the latents."""
-    return model.density == "bound"
-
-
-NO_WEIGHTS = {
-    "exact": "its likelihood is exact",
-    "point": "all draws of an image are the same (a model.posterior_temperature above 0 spreads them)",
-    "none": "it has no density of its latents",
-}
-
-
-def check_samples(model: Family[Any], samples: int) -> None:
-    """Raises UserError where importance samples are asked of a family that has no importance weights."""
-    if samples > 1 and not has_importance_weights(model):
-        raise UserError(
-            f"importance samples: {type(model).__name__} takes none, {NO_WEIGHTS[model.density]}; found {samples}, "
-            "allowed is 1"
-        )
-
-
 class Evaluator:
     """Measures batches of images under a model.
 
@@ -135,8 +114,8 @@ class Evaluator:
     def __init__(
         self, model: Family[Any], *, samples: int = 1, seed: int = 0, draw: int = 0, rows: int | None = None
     ) -> None:
-        """Raises UserError as `check_samples` does."""
-        check_samples(model, samples)
+        """Raises UserError as the model's `check_samples` does."""
+        model.check_samples(samples)
         self.model, self.samples, self.seed, self.draw = model, samples, seed, draw
         kind = next(model.parameters()).device.type
         self.rows = rows or max(PIXELS.get(kind, PIXELS["cpu"]) // model.config.image_size**2, 1)
@@ -183,7 +162,7 @@ class Evaluator:
         return _Draws(
             in_float64(output.reconstruction).reshape(k, batch),
             channel_kl.reshape(*channel_kl.shape[:2], k, batch).sum(2).permute(2, 1, 0),
-            in_float64(output.log_weight).reshape(k, batch) if has_importance_weights(self.model) else None,
+            in_float64(output.log_weight).reshape(k, batch) if self.model.has_importance_weights else None,
             self._counts(output.z),
         )
 

@@ -183,8 +183,9 @@ def settle(device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
     for operation in _operations.values():
         names = TABLE[operation.name].get(device.type, ())
         for dtype in dtypes:
-            found = gather_objects([name for name in names if operation._is_sound(name, device, dtype)])
-            everywhere = [name for name in names if all(name in sound for sound in found)]
+            sound = [name for name in names if operation._is_sound(name, device, dtype)]
+            of_all = gather_objects(sound)
+            everywhere = [name for name in sound if all(name in theirs for theirs in of_all)]
             operation._trusted[device.type, dtype] = tuple(map(operation.implementation, everywhere))
 
 

@@ -176,9 +176,6 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own config."""
-    takes_codes: ClassVar[bool] = False
-    """Whether `forward` takes the `codes` of its images, where they are kept: (B, S) int64, those of all groups,
-    top-down, each in raster order."""
     latent_kind: ClassVar[LatentKind] = "normal"
     """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
     guidance: float = 0.0
@@ -246,6 +243,14 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         Raises UserError, saying why, where an image has none or not always the same.
         """
         raise UserError(f"{type(self).__name__}: its latents are no codes that could be kept")
+
+    def check_codes(self, coding: str, made_by: str) -> None:
+        """Raises UserError where it cannot be trained on kept codes, of that `coding`, of the run `made_by`.
+
+        A family that can has a `forward` that takes the `codes` of its images: (B, S) int64, those of all groups,
+        top-down, each in raster order.
+        """
+        raise UserError(f"data.stored_codes: {type(self).__name__} trains on images, not on codes; leave it out")
 
     def codes_of(self, x: Tensor) -> list[Tensor]:
         """Those of images (B, C, H, W) in [0, 1]: (B, h, w) int64 of each group, top-down."""
@@ -364,6 +369,26 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
                 f"labels: found class {int(wrong[0])}, but model.classes is {self.config.classes}: allowed are 0 to "
                 f"{self.config.classes - 1}, and {UNKNOWN} where unknown"
             )
+
+    @property
+    def has_importance_weights(self) -> bool:
+        """True where log p(x) is bounded through a density of the latents."""
+        return self.density == "bound"
+
+    def check_samples(self, samples: int) -> None:
+        """Raises UserError where importance samples are asked of a family that has no importance weights."""
+        if samples > 1 and not self.has_importance_weights:
+            raise UserError(
+                f"importance samples: {type(self).__name__} takes none, {NO_WEIGHTS[self.density]}; found {samples}, "
+                "allowed is 1"
+            )
+
+
+NO_WEIGHTS = {
+    "exact": "its likelihood is exact",
+    "point": "all draws of an image are the same (a model.posterior_temperature above 0 spreads them)",
+    "none": "it has no density of its latents",
+}
 
 
 def temperatures(temperature: Temperature, groups: int) -> list[float]:

@@ -28,7 +28,8 @@ def begin(state: TrainingState, images: Images, data: DataConfig, seed: int) -> 
     """Lets the family of a new run set what starts from its first images: on every rank, with rank 0's result."""
     state.begin(FirstImages(_FirstBatches(state.model, images, data, seed), len(images), seed))
     if is_distributed():  # their GPUs may differ in the last bit
-        to_all_ranks(state.tensors().values())
+        tensors = state.tensors()
+        to_all_ranks(tensors.values())
         state.model.load_state_dict(state.model.state_dict())  # modules look at their buffers again
 
 

@@ -10,7 +10,8 @@ from ..core.config import dump_yaml
 from ..core.devices import device_of
 from ..core.errors import UserError, line_of
 from ..core.memory import ran_out_of_memory
-from ..core.precision import Precision, allow_tf32, precision_on
+from ..core.precision import Precision, allow_tf32, computed_in, precision_on
+from ..kernels.operations import settle, use
 from .config import AnyRunConfig
 from .content import IMAGES, text_of
 from .folder import RunFolder
@@ -29,6 +30,8 @@ def train(config: AnyRunConfig, folder: RunFolder) -> Outcome:
         device = distributed.start(device_of(config.train.device, "train.device"), config.train.timeout_minutes)
         precision = precision_on(device, config.train.precision)
         allow_tf32(precision)
+        use(config.train.kernels)
+        settle(device, computed_in(precision))
         with folder.locked(), _failures_recorded(folder, config):
             outcome = _train_in(folder, config, device, precision, interruption)
         distributed.stop()

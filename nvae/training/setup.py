@@ -6,16 +6,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoints.loading import load_checkpoint
-from ..core.config import flat, refuse_idle
+from ..core.config import refuse_idle
 from ..core.distributed import check_same, rank, world_size
 from ..core.errors import UserError
-from ..core.precision import Precision, computed_in
+from ..core.precision import Precision
 from ..data.codes import StoredCodes
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
-from ..evaluation.bounds import check_samples
 from ..kernels.fusion import compile_each
-from ..kernels.operations import settle, use
 from ..models.base import Family
 from ..models.config import ModelConfig
 from ..models.registry import build
@@ -56,12 +54,14 @@ def ready(
     """
     require_same_config(config.model_dump(mode="json"))
     saved = folder.newest()
-    if saved is None:  # once such fields were accepted, and a run goes on as it began
-        refuse_idle(config)
     before = saved["config"]["data"]["global_batch"] if saved else None
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
+    if saved is None:  # once such fields were accepted, and a run goes on as it began
+        refuse_idle(config)
     data, seed = config.data, config.seed
     images, held_out = open_images(data, "train"), open_images(data, "validation")
+    codes = StoredCodes(data, "train") if data.stored_codes else None
+    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size(), codes=codes)
     require_classes(images.labels, held_out.labels, config.model.classes)
     content = content_of({"train": images, "validation": held_out})
     earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
@@ -76,15 +76,18 @@ def ready(
 
     schedule = _schedule(config.optim, config.train, images_per_update(config), len(images))
     state = _state(config, device, precision)
-    warm = _take_weights(state, saved, source, notes)
+    warm = [] if source is None else start_from(source, state)
+    if saved is not None:
+        with naming_fields(notes):
+            state.load_state_dict(saved)
     if foundation is not None:
         state.model.take_in(foundation)
+    state.model.check_samples(config.train.validation_samples)
+    if codes is not None:
+        state.model.check_codes(codes.coding.first_stage, codes.coding.made_by)
     check_same(state.tensors(), device)
     if not state.begun:
         begin(state, images, data, seed)
-    check_samples(state.model, config.train.validation_samples)
-    codes = _stored_codes(config, state.model)
-    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size(), codes=codes)
     if config.train.compile:
         compile_each(list(state.model.parts()) or [state.model])
     trainer = Trainer(
@@ -129,12 +132,10 @@ def _schedule(optim: OptimConfig, train: TrainConfig, images: int, epoch_size: i
 
 def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> TrainingState:
     """The state that training starts from, the same on every rank."""
-    use(config.train.kernels)
     torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     model: Family[Any] = build(config.model).to(device)
     model.set_recomputation(config.train.recompute)
-    settle(device, computed_in(precision))
     return TrainingState(
         model,
         build_optimiser(model.parameters(), config.optim),
@@ -146,33 +147,8 @@ def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> 
 
 def _tracker(folder: RunFolder, state: TrainingState, total_steps: int, config: AnyRunConfig) -> Tracker:
     """Where a run is watched, from the step of its state on."""
-    shown = flat(config.model_dump(mode="json"))
-    return Tracker(folder.path, total_steps, state.step, state.log_lines, wandb=config.train.wandb, config=shown)
-
-
-def _take_weights(
-    state: TrainingState, saved: dict[str, Any] | None, source: Family[Any] | None, differences: list[str]
-) -> list[str]:
-    """Gives a state its run's checkpoint, or a new run another model's weights; returns what is to be said of these."""
-    if saved is not None:
-        with naming_fields(differences):
-            state.load_state_dict(saved)
-        return []
-    return [] if source is None else start_from(source, state)
-
-
-def _stored_codes(config: AnyRunConfig, model: Family[Any]) -> StoredCodes | None:
-    """The codes that training takes from the store instead of making them, if it is to.
-
-    Raises UserError where the store has none that are the model's.
-    """
-    if not config.data.stored_codes:
-        return None
-    if not model.takes_codes:
-        raise UserError(f"data.stored_codes: {type(model).__name__} trains on images, not on codes; leave it out")
-    codes = StoredCodes(config.data, "train")
-    codes.require_made_by(model.coding())
-    return codes
+    wandb, shown = config.train.wandb, config.model_dump(mode="json")
+    return Tracker(folder.path, total_steps, state.step, state.log_lines, wandb=wandb, config=shown)
 
 
 def _source(config: AnyRunConfig) -> Family[Any] | None:

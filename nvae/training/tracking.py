@@ -14,6 +14,7 @@ from typing import IO, Any, Self
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.config import flat
 from ..core.distributed import rank
 from ..core.files import naming
 from .boards import Board, TensorBoard, Wandb, WeightsAndBiases, wandb_module
@@ -36,7 +37,7 @@ class Tracker:
         wandb: Wandb = "none",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config`: the run's, by dotted names. Raises UserError where `wandb` cannot be had."""
+        """`config`: the run's, section by section. Raises UserError where `wandb` cannot be had."""
         self.active = rank() == 0
         self.folder, self.total_steps = folder, total_steps
         self.step, self.log_lines = step, log_lines
@@ -128,7 +129,7 @@ class Tracker:
             self._open(self.step)
             self.boards.append(TensorBoard(self.folder, self.step))
             if self.wandb != "none":
-                self.boards.append(WeightsAndBiases(self.folder, self.wandb, self.config))
+                self.boards.append(WeightsAndBiases(self.folder, self.wandb, flat(self.config)))
         return self
 
     def __exit__(

@@ -43,8 +43,6 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
 
     config_type: ClassVar[type[ModelConfig]] = VQVAEPriorConfig
     latent_kind: ClassVar[LatentKind] = "discrete"
-    takes_codes: ClassVar[bool] = True
-
     spread: Tensor
     """(L,), the mean squared distance of each level's vectors from their codes, of the first images."""
 
@@ -146,6 +144,14 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
                 "kept ones are always the same; allowed is 0"
             )
         return self.first.coding()
+
+    def check_codes(self, coding: str, made_by: str) -> None:
+        """Those of its own first stage are taken."""
+        if coding != self.coding():
+            raise UserError(
+                f"data.stored_codes: the store keeps the codes of {made_by} ({coding}), but the model is built on "
+                f"another first stage ({self.coding()})"
+            )
 
     def codes_of(self, x: Tensor) -> list[Tensor]:
         return self.first.codes_of(x)
