@@ -100,7 +100,7 @@ class Trainer:
         precision: Precision,
         resolved_config: dict[str, Any],
     ) -> None:
-        """`accumulation`: micro-batches per update; `precision`: one that the device has; all ranks hold the same state.
+        """All ranks hold one state. `accumulation`: micro-batches per update; `precision`: one that the device has.
 
         `resolved_config` goes into every checkpoint.
         """

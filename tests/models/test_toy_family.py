@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from entry_scripts import call
+from tiny_run import train_in
 from torch import nn
 from torch._dynamo.utils import counters
 from toy_family import Toy, ToyFeatures, drawn
@@ -17,7 +18,6 @@ from nvae.evaluation.bounds import Evaluator
 from nvae.sampling.images import sample_images
 from nvae.sampling.latent_space import reconstruct
 from nvae.training.config import run_config
-from tiny_run import train_in
 
 CONFIG = {
     "name": "toy",
