@@ -43,7 +43,7 @@ VQVAE = {
     "channels": 8,
     "residual_channels": 4,
     "blocks": 1,
-    "quantiser": {"codes": 16, "dims": 4},
+    "quantiser": {"codes": 16, "dim": 4},
 }
 MODELS = {"nvae": TINY["model"], "vdvae": VDVAE, "vqvae": VQVAE}
 OPTIONS = ("train.steps=3", "train.save_every=2", "optim.skip_quantile=0.9")

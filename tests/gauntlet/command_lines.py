@@ -93,7 +93,7 @@ def run(case: Case) -> Result:
         return Result(Verdict.REFUSED, "no command")
     if answer.code == 0:
         return Result(Verdict.RESOLVED, tried)
-    return refusal(answer, [*_names(changed), *words[1:3], "required", "needed"], tried)
+    return refusal(answer, [*_names([*changed, *words[1:]]), "required", "needed", "image_size"], tried)
 
 
 def _names(changed: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ class Attempt:
     text: str | bytes
     overrides: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    """A refusal names one of them; none: the file."""
+    """A refusal names one of them; none: the file, or a field of the model."""
     expected: dict[str, Any] = field(default_factory=dict)
     """Dotted name -> the value that the config has if it is taken."""
     must_be_refused: bool = False
@@ -64,7 +64,7 @@ def run(case: Case) -> Result:
     if happened:
         return Result(Verdict.LET_IN, f"{attempt.tried}: a command was executed")
     if answer.code != 0:
-        return refusal(answer, attempt.names or [file.name, *attempt.overrides], attempt.tried)
+        return refusal(answer, attempt.names or [file.name, "error: model.", "model.family=", *attempt.overrides], attempt.tried)
     return _resolved(answer, attempt)
 
 
@@ -91,7 +91,7 @@ def _same(found: Any, given: Any) -> bool:
         return all(key in found and _same(found[key], value) for key, value in given.items())
     if isinstance(given, list) and isinstance(found, list):
         return len(found) == len(given) and all(map(_same, found, given))
-    if isinstance(given, float) and isinstance(found, float | int):
+    if isinstance(found, float) and isinstance(given, float | int) and not isinstance(given, bool):
         return math.isclose(given, found, rel_tol=1e-15)
     if isinstance(found, str) and isinstance(given, str | int | float):
         return found == str(getattr(given, "spelling", given)) or Path(found) == Path(str(given))
@@ -130,9 +130,13 @@ def _plain(value: Any) -> Any:
 
 
 @cache
+def _types(family: str) -> dict[str, str]:
+    """The dotted names of a family's config, and what each takes."""
+    return {name: kind for name, kind, *_ in describe(config_type(family))}
+
+
 def _fields(family: str) -> list[str]:
-    """The dotted names of a family's config."""
-    return [name for name, *_ in describe(config_type(family))]
+    return list(_types(family))
 
 
 def _some_field(random: Random, base: dict[str, Any]) -> str:
@@ -170,6 +174,35 @@ def wrong_value(random: Random, base: dict[str, Any]) -> Attempt:
 def _expected(base: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     is_completed = name in ("model.levels", "model.first_stage", "model.input_mean", "model.input_std")
     return {} if is_completed else {name: value}
+
+
+def plausible_values(random: Random, base: dict[str, Any]) -> Attempt:
+    """Values of the right type in a few places: some go together, and some do not."""
+    changed, expected = base, {}
+    for name in [_some_field(random, base) for _ in range(random.choice((1, 1, 1, 2, 3)))]:
+        value = _plausible(random, _types(base["model"].get("family", "nvae"))[name])
+        changed, expected = _with(changed, name, value), {**expected, **_expected(base, name, value)}
+    return Attempt(f"plausible {expected}", _text(changed), expected=expected)
+
+
+def _plausible(random: Random, kind: str) -> Any:
+    """A value of a type as `--help` writes it."""
+    kinds = [word for word in kind.split(" | ") if word != "none"]
+    if "list of " in kind or kind.startswith("tuple"):
+        return [random.choice((0.5, 0.9, 2, 4)) for _ in range(random.randrange(4))]
+    match random.choice(kinds):
+        case "int":
+            return random.choice((1, 2, 3, 4, 8, 16, 32))
+        case "float":
+            return random.choice((0, 0.1, 0.5, 0.9, 1, 1.0, 2, 1e-3, 300.0))
+        case "bool":
+            return random.random() < 0.5
+        case "str" | "Path":
+            return random.choice(("x", "a/b", "007", "1e3", "é", "8x2,8d2,4x1", "4x1,8m4", "res_elu"))
+        case word if word.isdigit():
+            return int(word)
+        case word:
+            return word
 
 
 def several_values(random: Random, base: dict[str, Any]) -> Attempt:
@@ -333,6 +366,10 @@ MUTATIONS: tuple[Callable[[Random, dict[str, Any]], Attempt], ...] = (
     wrong_value,
     wrong_value,
     wrong_value,
+    plausible_values,
+    plausible_values,
+    plausible_values,
+    plausible_values,
     several_values,
     unknown_field,
     near_miss,

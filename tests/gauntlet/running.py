@@ -25,9 +25,9 @@ import torch
 from .cases import Group, Result, Verdict, case_of
 
 MIB = 2**20
-PATIENCE = 12
+PATIENCE = 8
 """A case is killed after so many times its processor time on the clock: the machine may be shared."""
-ADDRESS_SPACE = 6 * 2**30
+ADDRESS_SPACE = 3 * 2**30
 """Bytes that a process may map beyond what it has when it starts; protects the machine, not the verdict."""
 FORK = multiprocessing.get_context("fork")
 
@@ -156,7 +156,7 @@ def _record(group: Group, seed: int, number: int, folder: Path, material: Path) 
     folder.mkdir()
     before, began = _resident(), _processor_time()
     try:
-        with _quiet(), contextlib.chdir(folder):
+        with _quiet(), contextlib.chdir(folder), _interrupted_after(1.5 * group.seconds):
             result = group.run(case_of(group, seed, number, folder, material))
     except BaseException:  # a SystemExit, too, is nothing that a case should come to
         result = Result(Verdict.BROKEN, traceback.format_exc(limit=-12))
@@ -167,6 +167,25 @@ def _record(group: Group, seed: int, number: int, folder: Path, material: Path) 
         result = Result(Verdict.BROKEN, f"took {added} MiB: {result.verdict}: {result.note}")
     shutil.rmtree(folder, ignore_errors=True)
     return Record(number, result.verdict, result.note, round(seconds, 3), added)
+
+
+class TooLongError(BaseException):
+    """Raised in the midst of a case that takes too long; nothing that catches errors catches it."""
+
+
+@contextlib.contextmanager
+def _interrupted_after(seconds: float) -> Iterator[None]:
+    """Within, so much of this process's own processor time is at hand."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise TooLongError
+
+    signal.signal(signal.SIGPROF, interrupt)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _processor_time() -> float:
