@@ -53,6 +53,7 @@ setup(
             "torch-fidelity>=0.4",
         ],
         "fid": ["torch-fidelity>=0.4"],
+        "wandb": ["wandb>=0.16"],
         "hub": ["huggingface_hub"],
     },
 )

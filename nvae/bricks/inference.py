@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.precision import in_float64
 from ..kernels.convolution import Geometry
 from ..kernels.cpu.bottleneck import available
 from .bottleneck import Bottleneck
@@ -180,8 +181,8 @@ def fixed(convolution: Conv2d, *, before: BatchNorm | None = None, after: BatchN
 
     Worked out in float64. `before` is for 1×1 kernels only: at borders, padding would be normalised too.
     """
-    weight = convolution.effective_weight().double()  # (O, I, k, k)
-    bias = weight.new_zeros(weight.shape[0]) if convolution.bias is None else convolution.bias.double()
+    weight = in_float64(convolution.effective_weight())  # (O, I, k, k)
+    bias = weight.new_zeros(weight.shape[0]) if convolution.bias is None else in_float64(convolution.bias)
     geometry = convolution.geometry
     if before is not None:
         assert weight.shape[2:] == (1, 1) and geometry.groups == 1
@@ -198,7 +199,7 @@ def fixed(convolution: Conv2d, *, before: BatchNorm | None = None, after: BatchN
 @torch.no_grad()
 def composed(outer: Conv2d, inner: Conv2d) -> Conv2d:
     """A plain convolution that is outer(inner(x)) but for what biases add; `inner` is 1×1. Worked out in float64."""
-    weight, pointwise = outer.effective_weight().double(), inner.effective_weight().double()
+    weight, pointwise = in_float64(outer.effective_weight()), in_float64(inner.effective_weight())
     assert inner.geometry.is_pointwise(pointwise) and outer.geometry.groups == 1
     return _plain(torch.einsum("omhw,mi->oihw", weight, pointwise[:, :, 0, 0]), None, outer.geometry, like=outer)
 
@@ -225,5 +226,5 @@ def _plain(weight: Tensor, bias: Tensor | None, geometry: Geometry, *, like: Con
 
 def _affine(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Factor and offset (C) of a batch norm in eval mode, in float64."""
-    gain = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    return gain, norm.bias.double() - norm.running_mean.double() * gain
+    gain = in_float64(norm.weight) * torch.rsqrt(in_float64(norm.running_var) + norm.eps)
+    return gain, in_float64(norm.bias) - in_float64(norm.running_mean) * gain

@@ -48,6 +48,13 @@ class LikelihoodConfig(Config):
             raise ValueError("bits: a Bernoulli likelihood takes binary images, leave bits at 8")
         return self
 
+    def idle(self) -> dict[str, str]:
+        is_mixture = self.kind == "logistic_mixture"
+        found = {} if is_mixture else dict.fromkeys(("components", "edge"), f"the likelihood is {self.kind}")
+        if self.bits == 8 and not (is_mixture and self.edge == "published"):
+            found["grid"] = "both have the same 8 bits"
+        return found
+
     @property
     def levels(self) -> int:
         """V: levels count from 0 to 2^b − 1."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config
 from ..core.distributed import rank, sum_over_ranks, world_size
-from ..core.precision import at_least_float32
+from ..core.precision import at_least_float32, in_float64
 from ..core.randomness import generator, keyed_uniform
 
 Averages = Literal["debiased", "from_one", "from_zero"]
@@ -52,6 +52,12 @@ class QuantiserConfig(Config):
     gradient: Gradient = "straight_through"
     """What the encoder receives: the gradient at its code unchanged, or rotated and scaled with it (Fifty et al.
     2024)."""
+
+    def idle(self) -> dict[str, str]:
+        if self.learning == "gradient":
+            ours = ("averages", "decay", "epsilon", "restart", "restart_until")
+            return dict.fromkeys(ours, "codes learn by their gradient")
+        return {} if self.restart else {"restart_until": "no code restarts"}
 
 
 class Quantised(NamedTuple):
@@ -267,7 +273,7 @@ class AveragedQuantiser(Quantiser):
         """
         codes, rows, world = len(self.codebook), len(self.noted[0][0]), world_size()
         drawn = keyed_uniform((codes, 1), range(codes), seed, f"restart/{step}/{level}", vectors.device)[:, 0]
-        number = (drawn.double() * (len(vectors) * world)).long()
+        number = (in_float64(drawn) * (len(vectors) * world)).long().to(vectors.device)
         micro, of_micro = number // (rows * world), number % (rows * world)
         mine = of_micro // rows == rank()
         return vectors[micro * rows + of_micro % rows] * mine[:, None]
@@ -310,7 +316,7 @@ class AveragedQuantiser(Quantiser):
         """What part of the averages is not their start: 1 − γ^t where that is divided out; 1 while all of it is."""
         if self.config.averages != "debiased":
             return self.size.new_ones(())
-        share = 1 - self.config.decay ** self.updates.double()
+        share = 1 - self.config.decay ** in_float64(self.updates)
         return torch.where(self.updates > 0, share, 1).to(self.size)
 
 

@@ -22,8 +22,9 @@ def convert(
     """Writes `target` in the other format than `source` is in; returns a line that says what was done.
 
     `config` is the recipe of a published checkpoint that carries no hyper-parameters, `dataset` the published name of
-    the set for one that does. A converted published checkpoint keeps the published mixture edge. Raises UserError, also
-    where `target` exists, unless told to `overwrite` it; never is it the checkpoint that is converted.
+    the set for one that does; where they would have no effect they are refused. A converted published checkpoint keeps
+    the published mixture edge. Raises UserError, also where `target` exists, unless told to `overwrite` it; never is it
+    the checkpoint that is converted.
     """
     file = checkpoint_file(source)
     if target.is_dir():
@@ -34,11 +35,20 @@ def convert(
         raise UserError(f"{target}: exists already; name another file, or --overwrite it")
     content = read_checkpoint(file)
     if is_ours(content):
+        _refuse("--config", config, "one of ours carries its own")
         return _to_published(source, content, target, dataset)
     form = published_format(content)
     if form is None:
         raise UserError(f"{source}: neither a published checkpoint nor one of ours")
+    _refuse("--dataset", dataset, "what is written says which model it is")
+    if form.CARRIES_CONFIG:
+        _refuse("--config", config, "the checkpoint carries its own hyper-parameters")
     return _to_ours(form, source, content, target, config)
+
+
+def _refuse(option: str, value: object, reason: str) -> None:
+    if value is not None:
+        raise UserError(f"{option}: has no effect here, {reason}; leave it out (found {value})")
 
 
 def _to_ours(form: PublishedFormat, source: Path, content: dict[str, Any], target: Path, config: Path | None) -> str:

@@ -41,6 +41,8 @@ class PublishedFormat(Protocol):
 
     FAMILY: type[Family[Any]]
     """Of its models."""
+    CARRIES_CONFIG: bool
+    """Whether its checkpoints say what model they are of."""
 
     def is_published(self, content: dict[str, Any]) -> bool:
         """True for a checkpoint of that code."""
@@ -106,6 +108,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 def unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
     """Weights saved from within DistributedDataParallel or torch.compile, by the names that they have without."""
+    if not all(isinstance(name, str) for name in weights):
+        return weights
     plain = {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
     if plain and all(name.startswith(WRAPPER) for name in plain):
         return {name.removeprefix(WRAPPER): weight for name, weight in plain.items()}

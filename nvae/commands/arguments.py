@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from ..core import distributed
+from ..core.devices import device_name, device_of
 from ..core.errors import UserError
 from ..core.precision import Precision
 from ..kernels.operations import Mode, use
@@ -24,7 +25,9 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results (default: the run's folder)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
     parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", type=known_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of whatever is computed")
     parser.add_argument("--kernels", choices=get_args(Mode), default="auto", help="fast where right, or all plain")
     parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
@@ -54,6 +57,14 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def known_device(text: str) -> str:
+    """The name of a device."""
+    try:
+        return device_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def numbers(text: str) -> list[float]:
     """Numbers with commas between."""
     try:
@@ -66,7 +77,7 @@ def numbers(text: str) -> list[float]:
 def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
     """The subject the arguments name, on this rank's device; the ranks part when the block ends."""
     use(args.kernels)
-    device = distributed.start(distributed.device_type(args.device, "--device"), TIMEOUT_MINUTES)
+    device = distributed.start(device_of(args.device, "--device"), TIMEOUT_MINUTES)
     try:
         yield open_subject(
             args.run,

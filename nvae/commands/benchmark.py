@@ -27,12 +27,12 @@ from ..benchmark.machine import description, keep_memory, matrix_peak, training_
 from ..benchmark.stores import made_store
 from ..benchmark.timing import in_turns
 from ..benchmark.workloads import MODELS, WORK, Way, Workload, model_named
-from ..core.distributed import device_type
+from ..core.devices import device_of
 from ..core.precision import AUTOCAST, precision_on
 from ..data.config import DataConfig
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
-from .arguments import natural
+from .arguments import known_device, natural
 from .command import command
 
 Figures = dict[str, Any]
@@ -60,7 +60,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), default=["fp32", "bf16"])
     parser.add_argument("--plain", action="store_true", help="the plain network as the yardstick")
     parser.add_argument("--compile", action="store_true", help="compiled parts as well")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", type=known_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
     parser.add_argument("--rounds", type=natural, default=5, help="turns each way takes (default: 5)")
     parser.add_argument("--keep-memory", action="store_true", help="no page faults in any way (glibc's allocator)")
     parser.add_argument("--importance-samples", type=natural, default=10, metavar="K", help="default: 10")
@@ -75,7 +77,7 @@ def parse() -> argparse.Namespace:
 
 def workload_of(args: argparse.Namespace) -> Workload:
     """The model and the device that the arguments name. Raises UserError for a model without a plain mode."""
-    device = torch.device(device_type(args.device, "--device"))
+    device = device_of(args.device, "--device")
     config = model_named(args.model)
     return Workload(config, args.batch[0], device, args.importance_samples)
 
@@ -182,7 +184,7 @@ def one_thread() -> Iterator[None]:
 @one_thread()
 def data(args: argparse.Namespace) -> Table:
     """Images from memory, and from a store of 256×256 images against the decoder alone."""
-    device = torch.device(device_type(args.device, "--device"))
+    device = device_of(args.device, "--device")
     resident = resident_milliseconds(device)
     lines = ["data", f"  in memory, with flips: {resident:.2f} ms per 32 images of 32×32"]
     figures: Figures = {"resident_milliseconds": resident}
@@ -216,7 +218,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], Table]] = {
 
 def run_all(args: argparse.Namespace) -> None:
     """Prints the tables that were asked for, and writes them as JSON."""
-    device = torch.device(device_type(args.device, "--device"))
+    device = device_of(args.device, "--device")
     if args.keep_memory:
         keep_memory()
     machine = description(device)

@@ -18,7 +18,7 @@ from ..data.sets import open_images
 from ..data.splits import Split
 from ..sampling import latent_space
 from ..sampling.images import sample_images, temperature_of
-from ..sampling.pictures import save_animation, save_png, strip
+from ..sampling.pictures import ANIMATIONS, save_animation, save_png, strip
 from .prior import model_at
 from .subject import Subject
 
@@ -49,6 +49,8 @@ def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
     yield str(still)
     moving = still.with_suffix(args.animation)
     if rank() == 0:
+        for earlier in ANIMATIONS:
+            still.with_suffix(earlier).unlink(missing_ok=True)  # of other weights, perhaps
         save_animation(moving, frames)
     yield str(moving)
 
@@ -95,7 +97,8 @@ def images_of(
 
 
 def _save(subject: Subject, name: str, frames: Tensor) -> Path:
-    path = subject.folder / "samples" / f"{name}.png"
+    """Those of one name take each other's place; those of the weights as trained have names of their own."""
+    path = subject.folder / "samples" / f"{name}{'-raw' * (subject.weights == 'raw')}.png"
     if rank() == 0:
         save_png(path, strip(frames))
     return path

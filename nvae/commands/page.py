@@ -12,6 +12,7 @@ from torchvision.transforms.functional import center_crop
 
 from ..core.config import dump_yaml
 from ..core.distributed import rank
+from ..core.errors import UserError
 from ..core.files import atomic_file
 from ..data.sets import open_images
 from ..evaluation.report import Chart, Page, Picture, Series, render
@@ -89,8 +90,17 @@ def _facts(subject: Subject, active: Sequence[float]) -> dict[str, str]:
 
 
 def _metrics(path: Path | None) -> list[dict[str, float]]:
-    """The lines that training wrote, NaN where a number was not finite; none for a bare checkpoint."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+    """The lines that training wrote, NaN where a number was not finite; none for a bare checkpoint.
+
+    A run that was killed, or that trains on, may be amid the last one. Raises UserError for another that is damaged.
+    """
+    if path is None or not path.exists():
+        return []
+    *whole, _ = path.read_bytes().split(b"\n")
+    try:
+        lines = [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 

@@ -13,8 +13,10 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from ..core.errors import UserError
 from ..data.description import describe
 from ..data.preparation import prepare, read_config, require_words_used, verify
+from .arguments import natural
 from .command import command
 
 
@@ -29,7 +31,7 @@ def run() -> int:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("rest", nargs="*", metavar="OUT, field=value, SHEET.png")
     parser.add_argument("--config", type=Path, help="a recipe whose data section says name, size, crop, …")
-    parser.add_argument("--processes", type=int, help="how many work (default: one a processor)")
+    parser.add_argument("--processes", type=natural, help="how many work (default: one a processor)")
     parser.add_argument("--fatal", action="store_true", help="stop at the first bad image instead of leaving it out")
     parser.add_argument("--verify", action="store_true", help="read every image of the store again")
     parser.add_argument(
@@ -42,6 +44,10 @@ def run() -> int:
     outs = [word for word in args.rest if "=" not in word and word not in sheets]
     if len(outs) > 1 or not (outs or args.verify or args.describe):
         parser.error(f"one OUT, --verify or --describe is needed, found {' '.join(outs) or 'none'}")
+    if args.fatal and not outs:
+        raise UserError("--fatal: has no effect without OUT, only preparing leaves images out")
+    if args.processes is not None and not (outs or args.verify):
+        raise UserError("--processes: has no effect on --describe, only on preparing and --verify")
     fields = [word for word in args.rest if "=" in word]
     require_words_used(fields, prepares=bool(outs), describes=bool(args.describe))
     config = read_config(args.source, fields, args.config)

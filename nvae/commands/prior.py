@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bricks.normalisation import BatchNorm
 from ..core.distributed import barrier, gather_objects, rank
+from ..core.errors import UserError
 from ..core.files import atomic_file, require_writable
 from ..models.base import Family, Temperature
 from ..sampling.images import Pixels, readjust_cached, sample_batches, temperature_of
@@ -115,7 +117,7 @@ class SampleSet:
 
     def finish(self, images: Tensor, columns: int, about: dict[str, Any], form: Format) -> None:
         """The set takes the place of any other. `images` (n, C, H, W) uint8: those of the overview, or of the array."""
-        if not self.about.exists() or json.loads(self.about.read_text()) != about:
+        if self._said() != about:
             shutil.rmtree(self.folder, ignore_errors=True)
             for stale in (self.about, self.overview, self.array):
                 stale.unlink(missing_ok=True)
@@ -128,6 +130,13 @@ class SampleSet:
         with atomic_file(self.about) as file:
             file.write((json.dumps(about, indent=1) + "\n").encode())
 
+    def _said(self) -> object:
+        """What the set that is there says of itself; None for one that says nothing."""
+        try:
+            return json.loads(self.about.read_bytes())
+        except (OSError, ValueError):
+            return None
+
 
 def model_at(
     subject: Subject, temperature: Sequence[float], *, readjust: bool, seed: int
@@ -139,6 +148,10 @@ def model_at(
     at = temperature_of(temperature, subject.model)
     if not readjust:
         return subject.model.for_inference(), at
+    if not any(isinstance(module, BatchNorm) for module in subject.model.modules()):
+        raise UserError(
+            f"--readjust: has no effect on {type(subject.model).__name__}, it has no batch norm; leave it out"
+        )
     model = copy.deepcopy(subject.model)
     readjust_cached(model, at, subject.folder / "batch-norm", subject.fingerprint, seed=seed, **READJUSTMENT)
     return model.for_inference(), at

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from ..core.distributed import rank
 from ..core.errors import UserError
+from ..sampling.pictures import ANIMATIONS
 from . import latents, prior
 from .arguments import natural, numbers, parser_of, refuse_others, subject_of
 from .command import command
@@ -29,10 +30,10 @@ ACTIONS = {
 }
 OPTIONS = {
     "images": ("temperature", "readjust", "batch", "grid", "pixels", "format"),
-    "reconstruct": ("temperature", "split", "first", "groups"),
-    "interpolate": ("split", "first", "steps", "animation"),
-    "traverse": ("split", "first", "group", "steps"),
-    "neighbours": ("temperature", "readjust", "nearest"),
+    "reconstruct": ("data", "temperature", "split", "first", "groups"),
+    "interpolate": ("data", "split", "first", "steps", "animation"),
+    "traverse": ("data", "split", "first", "group", "steps"),
+    "neighbours": ("data", "temperature", "readjust", "nearest"),
 }
 """Those that not every action takes."""
 TEMPERATURE = """multiplies σ of every prior (default: 1): one value, or one per scale (smallest first) or latent group,
@@ -71,7 +72,7 @@ def parse() -> Namespace:
     other.add_argument("--groups", type=int, nargs="+", default=[None], help="reconstruct: from the first k groups")
     other.add_argument("--group", type=int, default=0, help="traverse: the latent group, from the top (default: 0)")
     other.add_argument("--steps", type=natural, default=11, help="interpolate, traverse: pictures (default: 11)")
-    other.add_argument("--animation", choices=(".gif", ".webp"), default=".gif", help="interpolate (default: .gif)")
+    other.add_argument("--animation", choices=ANIMATIONS, default=".gif", help="interpolate (default: .gif)")
     other.add_argument("--nearest", type=natural, default=5, help="neighbours: of each sample (default: 5)")
     args = parser.parse_intermixed_args()
     refuse_others(parser, args, args.action, OPTIONS)

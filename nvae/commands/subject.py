@@ -110,6 +110,10 @@ def open_subject(
     torch.backends.cudnn.benchmark = True  # shapes do not change
     recipe: AnyRunConfig | None = None if config is None else read_run_config(config, [])
     model, held, file, written = load_checkpoint(path, recipe.model if recipe else None, mixture_edge, weights)
+    if mixture_edge is not None and model.config.likelihood.kind != "logistic_mixture":
+        raise UserError(
+            f"--mixture-edge: has no effect, the likelihood is {model.config.likelihood.kind}; leave it out"
+        )
     if recipe is not None:
         written = recipe.model_dump(mode="json")
     if written is not None:

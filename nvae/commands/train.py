@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from ..core.config import describe, dump_yaml
+from ..core.config import describe, dump_yaml, refuse_idle
 from ..models.registry import build
 from ..training.config import AnyRunConfig, config_type, read_run_config
 from ..training.folder import RunFolder, inside
@@ -71,6 +71,7 @@ def fields(config: type[AnyRunConfig]) -> str:
 
 def dry_run(config: AnyRunConfig) -> str:
     """What would run: the resolved config, parameters by part, latent groups. Nothing is allocated or opened."""
+    refuse_idle(config)
     config = built_on(config, foundation_of(config))
     with torch.device("meta"):
         model = build(config.model)

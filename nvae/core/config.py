@@ -41,6 +41,10 @@ class Config(BaseModel):
                 raise ValueError(f"input should be an integer of 32 bits, found {shortened(value)}")
         return value
 
+    def idle(self) -> dict[str, str]:
+        """Fields that have no effect beside the others of the section, each with the reason."""
+        return {}
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 LARGEST = 2**31
@@ -205,6 +209,17 @@ def _numbers_as_text(config: type[Config], data: Mapping[str, Any]) -> dict[str,
 
 def _is_text(annotation: Any) -> bool:
     return set(typing.get_args(annotation) or (annotation,)) - {type(None)} <= {str, Path}
+
+
+def refuse_idle(config: Config, prefix: str = "") -> None:
+    """Raises UserError naming the first field, of a config and its sections, that was given and has no effect."""
+    idle = config.idle()
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            refuse_idle(value, f"{prefix}{name}.")
+        elif name in idle and value != field.get_default():
+            raise UserError(f"{prefix}{name}: has no effect, {idle[name]}; leave it out (found {value})")
 
 
 def user_error(config: type[Config], error: ValidationError, source: str) -> UserError:

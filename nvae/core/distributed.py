@@ -31,24 +31,19 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def device_type(wanted: str, field: str) -> str:
-    """`cpu` or `cuda`; `auto` is CUDA where there is one. Raises UserError, naming the field, where CUDA is missing."""
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{field}: cuda was asked for, but no CUDA device is there")
-    return wanted
-
-
-def start(device_type: str, timeout_minutes: float) -> torch.device:
+def start(device: torch.device, timeout_minutes: float) -> torch.device:
     """Joins the process group torchrun's environment describes (none for one process); returns this rank's device.
 
-    A collective that waits longer than `timeout_minutes` ends the process instead of hanging. Raises UserError where
-    there are more processes than GPUs.
+    That is the `device` given; of CUDA without a number, the one of the rank's. A collective that waits longer than
+    `timeout_minutes` ends the process instead of hanging. Raises UserError where there are more processes than devices.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device(device_type)
+    local_rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and (device.index is not None or device.type == "mps"):
+        raise UserError(
+            f"{device} is one device, and there are {world} processes: each takes its own with cuda, or cpu"
+        )
     if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices: "
@@ -56,7 +51,7 @@ def start(device_type: str, timeout_minutes: float) -> torch.device:
             )
         torch.cuda.set_device(device)
         require_served(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(minutes=timeout_minutes),

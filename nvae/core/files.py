@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows
@@ -34,6 +38,14 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         with naming(path, temporary):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def tensors_in(path: Path) -> dict[str, Tensor] | None:
+    """What a safetensors file keeps; None where there is none, or a damaged one: it is to be made again."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 @contextmanager

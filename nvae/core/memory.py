@@ -14,10 +14,13 @@ MIB = 2**20
 
 
 def peak_mib(device: torch.device) -> float:
-    """The most so far, in MiB, of this process's part of a GPU, or of this process; nan where the system won't say."""
+    """The most so far, in MiB, of this process's part of a GPU, or of this process; nan where the system won't say.
+
+    It won't on Windows, nor for Apple's GPU, whose memory is not the process's alone.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    if resource is None:
+    if resource is None or device.type != "cpu":
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB

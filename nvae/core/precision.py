@@ -16,6 +16,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def precision_on(device: torch.device, wanted: Precision, field: str = "train.precision") -> Precision:
     """What `mixed` means on a device. Raises UserError, naming the field, where the device lacks what was asked for."""
     on_gpu = device.type == "cuda"
+    if device.type == "mps" and wanted not in ("fp32", "mixed"):
+        raise UserError(f"{field}: {wanted} is not offered on mps; use fp32")
     if wanted == "fp16" and not on_gpu:
         raise UserError(f"{field}: fp16 needs a CUDA device; on the CPU use fp32 or bf16")
     if wanted == "tf32" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)):
@@ -44,6 +46,11 @@ def allow_tf32(precision: Precision) -> None:
     """Lets float32 products round to TF32 on CUDA, or not, for this process."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def in_float64(u: Tensor) -> Tensor:
+    """The numbers in float64, on the CPU where they lie on Apple's GPU, which has no such type."""
+    return (u.cpu() if u.device.type == "mps" else u).double()
 
 
 def at_least_float32(u: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _locked(file: Path) -> Iterator[None]:
     lock: FileLock | SoftFileLock = FileLock(file)
     try:
         lock.acquire()
-    except NotImplementedError:
+    except (NotImplementedError, OSError):
         lock = SoftFileLock(file.with_name(f"{LOCK}.soft"), timeout=3600)
         try:
             lock.acquire()

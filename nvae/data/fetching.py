@@ -48,7 +48,8 @@ def fetched(
     """
     answers = _from_processes(images, requests, largest, workers) if workers else _from_here(images, requests)
     for pixels, request in answers:
-        yield pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels, request
+        on_gpu = device.type == "cuda"
+        yield (pixels.pin_memory() if on_gpu else pixels).to(device, non_blocking=on_gpu), request
 
 
 def _from_here(images: Images, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Request]]:
@@ -93,8 +94,9 @@ def _leave_with_the_reader(leaving: Tensor, worker: int) -> None:
 
     The process that reads still needs it until everything is saved. SIGTERM counts once that one is `leaving`.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if leaving.any() else None)
 
 

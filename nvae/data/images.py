@@ -98,22 +98,6 @@ class InMemory(Images):
         return self.pixels[torch.as_tensor(indices, device=self.pixels.device)]
 
 
-def require_images(images: object, channels: int, size: int) -> None:
-    """Raises UserError for what is not images as models take them: (B, C, H, W), of a floating type, in [0, 1]."""
-    if not isinstance(images, Tensor):
-        raise UserError(f"images: a tensor is asked for, found {type(images).__name__}")
-    shape = (channels, size, size)
-    if images.dim() != 4 or tuple(images.shape[1:]) != shape:
-        asked = ", ".join(map(str, ("B", *shape)))
-        raise UserError(f"images: the model takes ({asked}), found {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise UserError(f"images: values in [0, 1] of a floating type are asked for, found {images.dtype}")
-    if images.numel():
-        low, high = (float(value) for value in images.aminmax())
-        if not (low >= 0 and high <= 1):
-            raise UserError(f"images: values in [0, 1] are asked for, found {low:g} to {high:g}")
-
-
 def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` positions spread evenly over `count`."""
     wanted = min(count, wanted)

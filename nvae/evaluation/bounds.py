@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.distributed import from_rank_zero, gather_objects, rank
 from ..core.errors import UserError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, tensors_in
+from ..core.precision import in_float64
 from ..core.randomness import keyed_normal
-from ..data.images import require_images
 from ..data.loading import Batch
 from ..models.base import Family, Features
 from .figures import Evaluation, Figures
@@ -48,7 +48,7 @@ class Parts:
         self._saved_at = time.monotonic()
         if folder is not None and rank() == 0:
             files = sorted(folder.glob("*.safetensors"))
-            self._kept = [Figures.from_tensors(safetensors.torch.load_file(file)) for file in files]
+            self._kept = [Figures.from_tensors(found) for file in files if (found := tensors_in(file)) is not None]
         self.done: frozenset[int] = from_rank_zero(frozenset(i for part in self._kept for i in part.indices.tolist()))
         """Positions of the images that need not be measured again."""
 
@@ -148,7 +148,7 @@ class Evaluator:
         `labels` (B,) are their classes, of which a model that takes none is not told.
         Raises UserError for other images, as for 0 … 255.
         """
-        require_images(images, self.model.config.image_channels, self.model.config.image_size)
+        self.model.check_images(images)
         if len(indices) != len(images):
             raise UserError(f"indices: there are {len(indices)} for {len(images)} images")
         features = self.model.encode(images, *((labels,) if self.model.config.classes else ()))
@@ -179,11 +179,11 @@ class Evaluator:
         """Decodes these draws of every image as one batch: row k·B + b is draw k of image b."""
         k, batch = len(samples), len(indices)
         output = self.model.decode(features.repeated(k), noise=self._noise(indices, samples))
-        channel_kl = pad_sequence([kl.double().T for kl in output.channel_kl])  # (L, G, k·B)
+        channel_kl = pad_sequence([in_float64(kl).T for kl in output.channel_kl])  # (L, G, k·B)
         return _Draws(
-            output.reconstruction.double().reshape(k, batch),
+            in_float64(output.reconstruction).reshape(k, batch),
             channel_kl.reshape(*channel_kl.shape[:2], k, batch).sum(2).permute(2, 1, 0),
-            output.log_weight.double().reshape(k, batch) if has_importance_weights(self.model) else None,
+            in_float64(output.log_weight).reshape(k, batch) if has_importance_weights(self.model) else None,
             self._counts(output.z),
         )
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..core.distributed import from_rank_zero, gather_objects, rank, sum_over_ranks
 from ..core.errors import UserError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, tensors_in
+from ..core.precision import in_float64
 from ..sampling.pictures import to_bytes
 
 SAMPLES = 50_000
@@ -120,7 +121,7 @@ def statistics(images: Iterable[tuple[Sequence[int], Tensor]], total: int, extra
     kept: list[tuple[list[int], list[Tensor]]] = []
     for numbers, batch in images:
         found = extractors(batch)
-        features = found[0].double()
+        features = in_float64(found[0])
         first = features.sum(0) if first is None else first + features.sum(0)
         second = features.T @ features if second is None else second + features.T @ features
         rows = [row for row, number in enumerate(numbers) if number % every == 0]
@@ -145,7 +146,7 @@ def _over_ranks(first: Tensor | None, second: Tensor | None, device: torch.devic
 
 def cached(file: Path, compute: Any) -> Statistics:
     """The statistics a file holds, or computed and then kept in it."""
-    found = from_rank_zero(safetensors.torch.load_file(file) if rank() == 0 and file.exists() else None)
+    found = from_rank_zero(tensors_in(file) if rank() == 0 else None)
     if found is not None:
         return Statistics(**found)
     result: Statistics = compute()

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ..bricks.images import require_images
 from ..bricks.inference import for_inference
 from ..bricks.latents import Draw, Normal
 from ..bricks.likelihoods import Likelihood, LikelihoodConfig
@@ -234,7 +235,12 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     # ------------------------------------------------------------------------------------------------------- passes
 
     def forward(self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None) -> Output:
-        """Encodes and decodes images (B, C, H, W) in [0, 1], quantising them itself."""
+        """Encodes and decodes images (B, C, H, W) in [0, 1], quantising them itself.
+
+        In eval mode others are refused, as those from 0 to 255.
+        """
+        if not self.training:
+            self.check_images(x)
         features = self.encode(x) if labels is None else self.encode(x, labels)
         return self.decode(features, noise=noise)
 
@@ -342,6 +348,10 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         for g, (tensor, shape) in enumerate(zip(tensors, shapes, strict=False)):
             if tensor.shape != shape:
                 raise UserError(f"{name}: group {g} takes {shape}, found {tuple(tensor.shape)}")
+
+    def check_images(self, images: object) -> None:
+        """Raises UserError for what are not images as this model takes them."""
+        require_images(images, self.config.image_channels, self.config.image_size, like=next(self.parameters()))
 
     def check_labels(self, labels: Tensor | None, n: int) -> None:
         """Raises UserError for labels of a model that takes none, or of another number than n images."""

@@ -20,8 +20,8 @@ from ..bricks.likelihoods import Likelihood
 from ..bricks.normalisation import BatchNorm, measuring
 from ..core.distributed import from_rank_zero, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
-from ..core.files import atomic_file
-from ..core.precision import Precision, autocast
+from ..core.files import atomic_file, tensors_in
+from ..core.precision import Precision, autocast, in_float64
 from ..core.randomness import keyed_normal, keyed_uniform
 from ..models.base import Family, Temperature
 
@@ -121,14 +121,14 @@ def readjust(
         return {}
     buffers = [buffer for norm in norms.values() for buffer in (norm.running_mean, norm.running_var)]
     device = buffers[0].device
-    total = torch.zeros(sum(len(buffer) for buffer in buffers), dtype=torch.float64, device=device)
+    total = torch.zeros_like(in_float64(torch.cat(buffers)))
     model.train()
     with measuring(list(norms.values())), torch.autocast(device.type, enabled=False):
         for number in range(rank(), batches, world_size()):
             indices = range(number * batch, (number + 1) * batch)
             noise = keyed_normal(model.latent_shapes(batch), indices, seed, "readjust", device)
             model.sample(batch, temperature, noise)
-            total += torch.cat(buffers)  # what the decoder does not use adds its own value each time
+            total += in_float64(torch.cat(buffers))  # what the decoder does not use adds its own value each time
     model.eval()
     average = sum_over_ranks(total) / batches
     for buffer, value in zip(buffers, torch.split(average, [len(buffer) for buffer in buffers]), strict=True):
@@ -156,7 +156,7 @@ def readjust_cached(
     """`readjust`, once per temperature: kept in `folder`, under what it depends on. `weights`: their fingerprint."""
     settings = json.dumps([weights, temperature, seed, batches, batch])
     file = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.safetensors"
-    kept: dict[str, Tensor] | None = from_rank_zero(_load(file) if rank() == 0 else None)
+    kept: dict[str, Tensor] | None = from_rank_zero(tensors_in(file) if rank() == 0 else None)
     if kept is not None:
         model.load_state_dict(kept, strict=False)
         return
@@ -164,7 +164,3 @@ def readjust_cached(
     if rank() == 0 and found:
         with atomic_file(file) as handle:
             handle.write(safetensors.torch.save({name: value.cpu() for name, value in found.items()}))
-
-
-def _load(file: Path) -> dict[str, Tensor] | None:
-    return safetensors.torch.load_file(file) if file.exists() else None

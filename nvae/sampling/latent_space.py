@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..bricks.latents import Normal
 from ..core.errors import UserError
+from ..core.precision import in_float64
 from ..core.randomness import keyed_normal
-from ..data.images import require_images
 from ..data.loading import Batch
 from ..models.base import Family, Temperature
 from .images import pixels_of
@@ -51,7 +51,7 @@ def encode(model: Family[Any], images: Tensor, *, seed: int = 0) -> Code:
         raise UserError(
             f"{type(model).__name__}: its latents are not Normal but {model.latent_kind}: without μ, σ and ε"
         )
-    require_images(images, model.config.image_channels, model.config.image_size)
+    model.check_images(images)
     noise = keyed_normal(model.latent_shapes(len(images)), range(len(images)), seed, "encode", images.device)
     output = model.decode(model.encode(images), noise=noise)
     return Code(output.z, output.posterior, output.prior)
@@ -84,7 +84,7 @@ def reconstruct(
 
     Raises UserError for more groups than there are, and for other images, as for 0 … 255.
     """
-    require_images(images, model.config.image_channels, model.config.image_size)
+    model.check_images(images)
     total = len(model.latent_shapes(1))
     if groups is not None and not 0 <= groups <= total:
         raise UserError(f"groups: the model has {total} latent groups, found {groups}")
@@ -103,11 +103,11 @@ def from_epsilon(model: Family[Any], epsilon: Sequence[Tensor]) -> Tensor:
 
 def spherical(a: Tensor, b: Tensor, fraction: float) -> Tensor:
     """From a to b (both (B, …)) along the great circle between each pair, their lengths going over into each other."""
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    flat_a, flat_b = in_float64(a.flatten(1)), in_float64(b.flatten(1))
     cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b, dim=1)
     angle = torch.acos(cosine.clamp(-1 + 1e-9, 1 - 1e-9))[:, None]
     mixed = (torch.sin((1 - fraction) * angle) * flat_a + torch.sin(fraction * angle) * flat_b) / torch.sin(angle)
-    return mixed.reshape(a.shape).to(a.dtype)
+    return mixed.reshape(a.shape).to(a)
 
 
 def interpolate(model: Family[Any], first: Tensor, second: Tensor, steps: int, *, seed: int = 0) -> Tensor:

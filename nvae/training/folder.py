@@ -62,7 +62,8 @@ class RunFolder:
         """What a killed process was writing."""
         for folder in (self.path, self.checkpoints):
             for leftover in folder.glob(".*.*"):
-                leftover.unlink(missing_ok=True)
+                if leftover.suffix != ".lock":  # another command may hold it
+                    leftover.unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> None:
         """A text file, whole or not at all."""

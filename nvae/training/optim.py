@@ -57,6 +57,14 @@ class OptimConfig(Config):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay per update of the exponential moving average of the weights; evaluation and sampling use it. None: off."""
 
+    def idle(self) -> dict[str, str]:
+        found = {} if self.schedule == "cosine" else {"lr_min": "the schedule is constant"}
+        if self.skip_quantile is None:
+            found |= dict.fromkeys(("skip_factor", "skip_window"), "there is no skip_quantile")
+            if self.skip_norm is None:
+                found["skip_limit"] = "there is neither skip_norm nor skip_quantile"
+        return found
+
 
 def build_optimiser(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser, multi-tensor, over all parameters that take gradients."""

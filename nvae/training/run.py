@@ -7,6 +7,7 @@ import torch
 
 from ..core import distributed
 from ..core.config import dump_yaml
+from ..core.devices import device_of
 from ..core.errors import UserError, line_of
 from ..core.memory import ran_out_of_memory
 from ..core.precision import Precision, allow_tf32, precision_on
@@ -25,8 +26,7 @@ def train(config: AnyRunConfig, folder: RunFolder) -> Outcome:
     might never answer.
     """
     with Interruption() as interruption:
-        kind = distributed.device_type(config.train.device, "train.device")
-        device = distributed.start(kind, config.train.timeout_minutes)
+        device = distributed.start(device_of(config.train.device, "train.device"), config.train.timeout_minutes)
         precision = precision_on(device, config.train.precision)
         allow_tf32(precision)
         with folder.locked(), _failures_recorded(folder, config):

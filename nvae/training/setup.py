@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoints.loading import load_checkpoint
+from ..core.config import flat, refuse_idle
 from ..core.distributed import check_same, rank, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision, computed_in
@@ -18,13 +19,14 @@ from ..models.registry import build
 from .beginning import begin
 from .config import AnyRunConfig, run_config
 from .content import Content, changed_images, content_in, content_of
-from .continuation import changes, continued, naming_fields, require_same_config, with_global_batch
+from .continuation import continued, naming_fields, require_same_config, with_global_batch
 from .folder import RunFolder
 from .interruption import Interruption
 from .optim import Averaged, OptimConfig, Schedule, SkipRule, build_optimiser
 from .state import TrainingState
 from .tracking import Tracker
 from .trainer import TrainConfig, Trainer
+from .warm_start import start_from
 from .watching import Watcher
 
 
@@ -51,6 +53,8 @@ def ready(
     """
     require_same_config(config.model_dump(mode="json"))
     saved = folder.newest()
+    if saved is None:  # once such fields were accepted, and a run goes on as it began
+        refuse_idle(config)
     before = saved["config"]["data"]["global_batch"] if saved else None
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
     data, seed = config.data, config.seed
@@ -68,12 +72,12 @@ def ready(
 
     stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
     schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
-    state = _state(config, device, precision)
+    state, warm = _state(config, device, precision), list[str]()
     if saved is not None:
         with naming_fields(notes):
             state.load_state_dict(saved)
     elif source is not None:
-        _start_from(source, state)
+        warm = start_from(source, state)
     if foundation is not None:
         state.model.take_in(foundation)
     check_same(state.tensors(), device)
@@ -87,7 +91,14 @@ def ready(
         schedule,
         config.train,
         folder,
-        Tracker(folder.path, schedule.total_steps, state.step, state.log_lines),
+        Tracker(
+            folder.path,
+            schedule.total_steps,
+            state.step,
+            state.log_lines,
+            wandb=config.train.wandb,
+            config=flat(resolved),
+        ),
         Watcher(held_out, data, importance_samples=config.train.validation_samples, seed=seed, device=device),
         interruption,
         accumulation=images_per_update(config) // (data.batch * world_size()),
@@ -95,7 +106,7 @@ def ready(
         resolved_config=resolved,
     )
     notes = [f"changed since the last checkpoint: {note}" for note in notes]
-    return Ready(config, content, trainer, [*notes, _greeting(config, trainer)])
+    return Ready(config, content, trainer, [*notes, *warm, _greeting(config, trainer)])
 
 
 def images_per_update(config: AnyRunConfig) -> int:
@@ -131,16 +142,6 @@ def _source(config: AnyRunConfig) -> Family[Any] | None:
     """The model whose weights a new run starts from, of any checkpoint; None where it starts from none."""
     path, model = config.train.init_from, config.model
     return _model_at(path, "train.init_from", model, mixture_edge=model.likelihood.edge, weights="raw")
-
-
-def _start_from(source: Family[Any], state: TrainingState) -> None:
-    """A warm start: the weights of a checkpoint, and nothing else of it. Raises UserError for another model's."""
-    before, now = ({"model": model.config.model_dump(mode="json")} for model in (source, state.model))
-    try:
-        with naming_fields(changes(before, now)):
-            state.take_weights(source.state_dict())
-    except UserError as error:
-        raise UserError(f"train.init_from: {error}") from error
 
 
 def foundation_of(config: AnyRunConfig) -> Family[Any] | None:

@@ -1,4 +1,4 @@
-"""Watching a run: progress bar, TensorBoard, JSON lines. Only rank 0 writes."""
+"""Watching a run: progress bar, JSON lines, boards. Only rank 0 writes."""
 
 import datetime
 import json
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..core.distributed import rank
 from ..core.files import naming
+from .boards import Board, TensorBoard, Wandb, WeightsAndBiases, wandb_module
 
 
 class Tracker:
@@ -25,16 +26,27 @@ class Tracker:
     killed after its last checkpoint, is forgotten, so that the file ends as that of a run never interrupted.
     """
 
-    def __init__(self, folder: Path, total_steps: int, step: int = 0, log_lines: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        step: int = 0,
+        log_lines: int = 0,
+        *,
+        wandb: Wandb = "none",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`config`: the run's, by dotted names. Raises UserError where `wandb` cannot be had."""
         self.active = rank() == 0
         self.folder, self.total_steps = folder, total_steps
         self.step, self.log_lines = step, log_lines
+        self.wandb, self.config = wandb, config or {}
+        self.boards: list[Board] = []
+        if self.active and wandb != "none":
+            wandb_module(wandb)
 
     def _open(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.log = _opened_after(self.folder / "metrics.jsonl", self.log_lines)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         # In a log file, where no bar can move, lines take its place.
         unseen = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=unseen)
@@ -44,15 +56,18 @@ class Tracker:
         """Forgets what was written past a step to which the run returns."""
         self.log_lines = log_lines
         if self.active:
-            self.close()
+            self._close()
             self._open(step)
+            for board in self.boards:
+                board.rewind(step)
 
     def flush(self) -> None:
         """Hands everything to the operating system."""
         if self.active:
             with naming(self.folder):
-                self.board.flush()
                 self.log.flush()
+                for board in self.boards:
+                    board.flush()
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -68,8 +83,8 @@ class Tracker:
         with naming(self.folder):
             self.log.write(json.dumps({"step": step, **finite}).encode() + b"\n")
             self.log.flush()
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            for board in self.boards:
+                board.scalars(step, values)
         beside = {name: f"{values[name]:.4g}" for name in shown if name in values}
         if beside and self.bar.disable:
             words = [f"{name} {value}" for name, value in beside.items()]
@@ -85,42 +100,45 @@ class Tracker:
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """A picture (C, H, W) in [0, 1]."""
-        if self.active:
-            self.board.add_image(name, image, step)
+        for board in self.boards:
+            board.picture(step, name, image)
 
     def text(self, name: str, text: str) -> None:
         """A piece of text, such as the config."""
-        if self.active:
-            self.board.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
+        for board in self.boards:
+            board.text(name, text)
 
     def hyperparameters(self, values: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """The run's config beside its result, for TensorBoard's comparison of runs."""
-        if self.active:
-            plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-            self.board.add_hparams(plain, dict(results), run_name=".")
+        """The run's config, by dotted names, beside its result."""
+        for board in self.boards:
+            board.hyperparameters(values, results)
 
     def note(self, message: str) -> None:
         """A line for the person watching, above the progress bar."""
         if self.active:
             self.bar.write(message)
 
-    def close(self) -> None:
-        """Writes out everything and closes the files."""
-        if self.active:
-            self.bar.close()
-            with naming(self.folder):
-                self.log.close()
-                self.board.close()
+    def _close(self) -> None:
+        self.bar.close()
+        with naming(self.folder):
+            self.log.close()
 
     def __enter__(self) -> Self:
         if self.active:
             self._open(self.step)
+            self.boards.append(TensorBoard(self.folder, self.step))
+            if self.wandb != "none":
+                self.boards.append(WeightsAndBiases(self.folder, self.wandb, self.config))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if self.active:
+            self._close()
+            with naming(self.folder):
+                for board in self.boards:
+                    board.close(failed=kind is not None)
 
 
 def _opened_after(path: Path, lines: int) -> IO[bytes]:

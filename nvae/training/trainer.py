@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.config import Config, flat
+from ..core.devices import device_name
 from ..core.distributed import check_same_state, is_distributed, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
 from ..core.memory import peak_mib
@@ -25,6 +26,7 @@ from ..data.loading import TrainingStream
 from ..kernels.operations import Mode
 from ..models.base import Family, Metrics, Output, Recomputation
 from .beginning import training_noise
+from .boards import Wandb
 from .diagnosis import first_non_finite
 from .folder import RunFolder, is_milestone
 from .interruption import Interruption
@@ -41,8 +43,8 @@ class TrainConfig(Config):
     """Length of training in passes over the training images."""
     steps: int | None = Field(None, ge=1)
     """Length of training in updates; takes the place of `epochs`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: CUDA where there is one."""
+    device: Annotated[str, AfterValidator(device_name)] = "auto"
+    """Where to train: `cpu`, `cuda`, `cuda:N` or `mps`; auto: CUDA where there is one."""
     precision: Precision = "fp32"
     """`tf32` lets float32 products round on CUDA; `bf16`, `fp16` (loss-scaled): mixed precision; `mixed`: bf16 on a GPU
     that has it, fp16 on older ones (V100), fp32 on the CPU. Likelihood, KL and penalties stay float32."""
@@ -76,10 +78,17 @@ class TrainConfig(Config):
     """After so many non-finite updates in a row the run goes back to its last checkpoint at half the learning rate."""
     return_limit: int = Field(3, ge=0)
     """After this many such returns the run stops."""
+    wandb: Wandb = "none"
+    """Show the run in Weights & Biases too: `online`, or `offline`, to be sent later with `wandb sync`."""
     init_from: str | None = None
-    """A checkpoint or run folder whose weights a new run starts from."""
+    """A checkpoint or run folder whose weights a new run starts from; another image size, number of classes or
+    likelihood is allowed, and what does not fit then is said and begins anew."""
     timeout_minutes: float = Field(10.0, gt=0)
     """A rank that waits longer than this for the others ends the run."""
+
+    def idle(self) -> dict[str, str]:
+        scaled = self.precision in ("fp16", "mixed")
+        return {} if scaled else {"loss_scale": f"with precision {self.precision} no loss is scaled"}
 
 
 class Trainer:

@@ -62,7 +62,7 @@ def test_a_gpu_that_the_build_has_no_code_for_is_one_line_with_what_to_install(m
 
 def test_one_process_starts_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert distributed.start("cpu", timeout_minutes=1) == torch.device("cpu")
+    assert distributed.start(torch.device("cpu"), timeout_minutes=1) == torch.device("cpu")
     assert not torch.distributed.is_initialized()
     distributed.stop()
 

@@ -71,3 +71,19 @@ def test_describing_swallows_no_name_that_stands_behind_it() -> None:
     assert Path("store").is_dir() and Path("contact_sheet.png").exists()
     assert run("--describe", "store", "sheet.png") == 0
     assert Path("sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--describe", "--fatal"], "--fatal: has no effect without OUT"),
+        (["--describe", "--processes", 2], "--processes: has no effect on --describe"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    words: list[object], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_folder(Path("images"), [f"{i}.png" for i in range(12)])
+    assert run("images", *words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("contact_sheet.png").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from places import ROOT
-from tiny_run import log, tiny_run
+from tiny_run import log, tiny_run, train_in
 
 from nvae.bricks.cells import ARCHITECTURES
 from nvae.bricks.likelihoods import LIKELIHOODS, Likelihood, LikelihoodConfig
@@ -21,7 +21,6 @@ from nvae.data.config import DataConfig
 from nvae.data.named import SETS
 from nvae.data.sets import open_images
 from nvae.evaluation.bounds import Evaluator
-from nvae.training import run
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -62,7 +61,7 @@ def test_the_rooms_of_the_page_are_those_of_the_tests() -> None:
 
 def test_the_cell_trains(tmp_path: Path) -> None:
     example("cell")
-    assert run.train(tiny_run("model.architecture=mbconv_e4", "data.batch=2", "train.steps=2"), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run("model.architecture=mbconv_e4", "data.batch=2", "train.steps=2")) == "finished"
 
 
 @pytest.fixture
@@ -96,7 +95,7 @@ def test_the_likelihood_trains(likelihood: Any, tmp_path: Path, monkeypatch: pyt
         "data.binarize=false",
         "data.batch=2",
     ]
-    assert run.train(tiny_run(*options, "train.steps=2"), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run(*options, "train.steps=2")) == "finished"
 
 
 def test_the_data_set_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +112,7 @@ def test_the_data_set_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_family_trains_and_has_bounds(tmp_path: Path) -> None:
     sys.modules["my_family"] = example("family")
     model = "model={family: 'my_family:Linear', image_size: 8, image_channels: 1, likelihood: {kind: bernoulli}}"
-    assert run.train(tiny_run(model, "train.validate_every=1"), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run(model, "train.validate_every=1")) == "finished"
     losses = [line["loss"] for line in log(tmp_path / "tiny") if "loss" in line]
     assert losses[-1] < losses[0]
     loaded = load_model(tmp_path / "tiny")

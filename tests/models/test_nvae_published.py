@@ -291,12 +291,27 @@ def test_weights_of_another_model_are_refused(tiny_config: Make) -> None:
     assert "weights and args are of different models" in complaint(from_published, content)
 
 
-def test_a_tensor_of_another_shape_is_named(tiny_config: Make) -> None:
+@pytest.mark.parametrize(
+    ("argument", "value", "sentence"),
+    [
+        ("num_latent_per_group", 4, "num_latent_per_group is 4 in the args, 2 by the weights"),
+        ("num_channels_enc", 8, "num_channels_enc is 8 in the args, 4 by the weights"),
+        ("num_groups_per_scale", 3, "num_groups_per_scale, num_latent_scales is 3 groups in the args, 2 groups by"),
+        ("num_nf", 1, "num_nf is 1 in the args, 0 by the weights"),
+        ("use_se", False, "use_se is False in the args, True by the weights"),
+        ("dataset", "celeba_64", "the sides of the dataset's images is 32 in the args, 16 by the weights"),
+    ],
+)
+def test_arguments_of_another_model_are_named(tiny_config: Make, argument: str, value: Any, sentence: str) -> None:
     content = checkpoint(tiny_config(image_size=32))
-    content["args"].num_latent_per_group = 4
-    message = complaint(from_published, content)
-    assert "is [" in message
-    assert "the args makes it [" in message
+    setattr(content["args"], argument, value)
+    assert sentence in complaint(from_published, content)
+
+
+def test_a_tensor_of_another_shape_is_named_where_no_argument_says_so(tiny_config: Make) -> None:
+    content = checkpoint(tiny_config(image_size=32))
+    content["state_dict"]["stem.bias"] = torch.zeros(3)
+    assert complaint(from_published, content) == "state_dict: 'stem.bias' is [3], the args makes it [4]"
 
 
 def test_what_is_no_tensor_is_named(tiny_config: Make) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from processes import start_ranks
 
 from nvae.core import distributed
@@ -17,6 +18,6 @@ def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
 
 
 def _rank(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    distributed.start("cpu", timeout_minutes=1)
+    distributed.start(torch.device("cpu"), timeout_minutes=1)
     function(*args)
     distributed.stop()

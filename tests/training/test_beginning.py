@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from processes import start_ranks
-from tiny_run import checkpoint, column, differences, log, tiny_run
+from tiny_run import checkpoint, column, differences, log, tiny_run, train_in
 from torch import Tensor
 
 from nvae.checkpoints.format import save_checkpoint
@@ -15,7 +15,6 @@ from nvae.core import distributed
 from nvae.core.errors import UserError
 from nvae.models.base import FirstBatch, FirstImages
 from nvae.models.nvae.model import NVAE
-from nvae.training import run
 
 RES_ELU = ("model.architecture=res_elu", "model.scales=2")
 
@@ -54,18 +53,18 @@ def rewrite(folder: Path, step: int, change: Callable[[dict[str, Any]], Any]) ->
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_run_begins_once_wherever_it_is_continued(tmp_path: Path, begun: list[FirstBatch], step: int) -> None:
-    assert run.train(tiny_run(), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run()) == "finished"
     cut(tmp_path, step)
-    assert run.train(tiny_run(), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run()) == "finished"
     assert len(begun) == 1
 
 
 def test_weights_of_another_run_need_no_beginning(tmp_path: Path, begun: list[FirstBatch]) -> None:
-    assert run.train(tiny_run(), tmp_path / "source") == "finished"
+    assert train_in(tmp_path / "source", tiny_run()) == "finished"
     warm = tiny_run(f"train.init_from={tmp_path / 'source' / 'tiny'}")
-    assert run.train(warm, tmp_path) == "finished"
+    assert train_in(tmp_path, warm) == "finished"
     cut(tmp_path, 0)
-    assert run.train(tiny_run(), tmp_path) == "finished", "nor where it is continued by another command"
+    assert train_in(tmp_path, tiny_run()) == "finished", "nor where it is continued by another command"
     assert len(begun) == 1
 
 
@@ -74,22 +73,22 @@ def test_a_checkpoint_that_does_not_say_so_had_begun_after_its_first_update(
     tmp_path: Path, begun: list[FirstBatch], step: int, calls: int
 ) -> None:
     """Those of earlier versions."""
-    assert run.train(tiny_run(), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run()) == "finished"
     cut(tmp_path, step)
     rewrite(tmp_path, step, lambda content: content["counters"].pop("begun"))
-    assert run.train(tiny_run(), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run()) == "finished"
     assert len(begun) == calls
 
 
 def test_a_run_that_had_not_begun_ends_as_one_that_begins_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier versions began in the first update."""
-    assert run.train(tiny_run(*RES_ELU), tmp_path / "new") == "finished"
+    assert train_in(tmp_path / "new", tiny_run(*RES_ELU)) == "finished"
     with monkeypatch.context() as patch:
         patch.setattr(NVAE, "begin", lambda self, first: None)
-        assert run.train(tiny_run(*RES_ELU), tmp_path / "old") == "finished"
+        assert train_in(tmp_path / "old", tiny_run(*RES_ELU)) == "finished"
     cut(tmp_path / "old", 0)
     rewrite(tmp_path / "old", 0, lambda content: content["counters"].pop("begun"))
-    assert run.train(tiny_run(*RES_ELU), tmp_path / "old") == "finished"
+    assert train_in(tmp_path / "old", tiny_run(*RES_ELU)) == "finished"
     assert log(tmp_path / "old" / "tiny") == log(tmp_path / "new" / "tiny")
 
 
@@ -107,7 +106,7 @@ def test_it_begins_with_the_images_and_the_noise_of_the_first_update(
         return original(self, x, noise, labels)
 
     monkeypatch.setattr(NVAE, "forward", forward)
-    assert run.train(tiny_run("train.steps=1", "data.global_batch=64"), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run("train.steps=1", "data.global_batch=64")) == "finished"
     (first,), (images, noise) = begun, passes[0]
     assert torch.equal(first.images, images)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first.noise(), noise, strict=True))
@@ -117,7 +116,7 @@ def test_it_begins_with_the_images_and_the_noise_of_the_first_update(
 def test_the_images_can_be_read_again_and_know_their_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[FirstImages] = []
     monkeypatch.setattr(NVAE, "begin", lambda self, first: found.append(first))
-    assert run.train(tiny_run("train.steps=1", "seed=3"), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run("train.steps=1", "seed=3")) == "finished"
     (first,) = found
     assert (first.epoch_size, first.seed) == (1500, 3)
     once, again = (torch.cat(list(first.images(100))) for _ in range(2))
@@ -128,7 +127,7 @@ def test_the_images_can_be_read_again_and_know_their_epoch(tmp_path: Path, monke
 
 
 def test_the_first_checkpoint_and_the_average_have_begun(tmp_path: Path) -> None:
-    assert run.train(tiny_run(*RES_ELU), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run(*RES_ELU)) == "finished"
     content = checkpoint(tmp_path / "tiny", 0)
     fresh = NVAE(tiny_run(*RES_ELU).model).state_dict()
     assert bool(content["model"]["started"])
@@ -141,7 +140,7 @@ def test_the_first_checkpoint_and_the_average_have_begun(tmp_path: Path) -> None
 def test_a_beginning_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NVAE, "begin", lambda self, first: self.first_state.data.fill_(torch.nan))
     with pytest.raises(UserError, match="the weights that the run starts from are not finite"):
-        run.train(tiny_run(), tmp_path)
+        train_in(tmp_path, tiny_run())
     assert not list((tmp_path / "tiny" / "checkpoints").glob("*.pt"))
 
 
@@ -159,7 +158,7 @@ def train_on_both(folder: Path) -> None:
             self.head.weight[0, 0, 0, 0] += 1e-6 * distributed.rank()
 
     NVAE.begin = begin  # type: ignore[method-assign]
-    assert run.train(tiny_run(*RES_ELU, "data.batch=16", "data.global_batch=64"), folder) == "finished"
+    assert train_in(folder, tiny_run(*RES_ELU, "data.batch=16", "data.global_batch=64")) == "finished"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +179,6 @@ def test_every_rank_is_given_what_all_of_them_take_in_a_pass(two: Path) -> None:
 
 def test_two_processes_begin_and_train_as_one(two: Path, tmp_path: Path) -> None:
     """Also where their results differ in the last bit: the first rank's is that of both."""
-    assert run.train(tiny_run(*RES_ELU, "data.batch=32", "data.global_batch=64"), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run(*RES_ELU, "data.batch=32", "data.global_batch=64")) == "finished"
     assert differences(checkpoint(two / "tiny", 0)["model"], checkpoint(tmp_path / "tiny", 0)["model"]) == []
     assert column(two / "tiny", "loss") == pytest.approx(column(tmp_path / "tiny", "loss"), rel=1e-5)

@@ -39,7 +39,7 @@ Facts = dict[str, Any]
 
 def facts(folder: Path) -> None:
     """In each of two processes: everything they are asked, into a file of their own."""
-    distributed.start("cpu", timeout_minutes=1)
+    distributed.start(torch.device("cpu"), timeout_minutes=1)
     distributed.stop = lambda: None  # one group for all runs
     rank = distributed.rank()
     found = {

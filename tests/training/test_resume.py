@@ -16,12 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from processes import start
-from tiny_run import checkpoint, column, differences, log, outcome, tiny_run
+from tiny_run import checkpoint, column, differences, log, outcome, tiny_run, train_in
 from toy_family import Toy
 
 from nvae.checkpoints.format import save_checkpoint
 from nvae.core.errors import UserError
-from nvae.training import run
 from nvae.training.adamax import Adamax
 from nvae.training.config import AnyRunConfig, load_run
 from nvae.training.folder import RunFolder
@@ -45,7 +44,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     torch.set_num_threads(1)
-    assert run.train(tiny_run(*OPTIONS), folder) == "finished"
+    assert train_in(folder, tiny_run(*OPTIONS)) == "finished"
     return folder / "tiny"
 
 
@@ -75,7 +74,7 @@ def test_a_signal_saves_and_leaves_with_code_75(
 ) -> None:
     before = signal.getsignal(number)
     at_step(2, lambda: os.kill(os.getpid(), number))
-    assert run.train(tiny_run(), tmp_path) == "interrupted"
+    assert train_in(tmp_path, tiny_run()) == "interrupted"
     assert outcome(tmp_path / "tiny") == {"outcome": "interrupted", "step": 2, "message": ""}
     assert checkpoint(tmp_path / "tiny")["counters"]["step"] == 2
     assert signal.getsignal(number) == before
@@ -87,8 +86,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 ) -> None:
     """In the first update, between two saves, where validation is due, and in the last."""
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(*OPTIONS), tmp_path) == "interrupted"
-    assert run.train(tiny_run(*OPTIONS), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run(*OPTIONS)) == "interrupted"
+    assert train_in(tmp_path, tiny_run(*OPTIONS)) == "finished"
     assert_same_end(tmp_path / "tiny", uninterrupted)
 
 
@@ -100,10 +99,10 @@ def test_a_family_that_draws_for_itself_goes_on_exactly_too(
         Toy, "encode", lambda self, x, labels=None: original(self, torch.dropout(x, 0.5, self.training))
     )
     toy = "model={family: 'toy_family:Toy', image_size: 8, image_channels: 1, likelihood: {kind: bernoulli}}"
-    assert run.train(tiny_run(toy), tmp_path / "plain") == "finished"
+    assert train_in(tmp_path / "plain", tiny_run(toy)) == "finished"
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(toy), tmp_path) == "interrupted"
-    assert run.train(tiny_run(toy), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run(toy)) == "interrupted"
+    assert train_in(tmp_path, tiny_run(toy)) == "finished"
     found, expected = checkpoint(tmp_path / "tiny"), checkpoint(tmp_path / "plain" / "tiny")
     assert differences(found["model"], expected["model"]) == []
 
@@ -115,7 +114,7 @@ def train_until_killed(folder: Path, seconds: float | None) -> None:
     """In a process of its own: trains, and dies that long after it began."""
     if seconds is not None:
         threading.Timer(seconds, die).start()
-    run.train(tiny_run(*OPTIONS), folder)
+    train_in(folder, tiny_run(*OPTIONS))
 
 
 def die() -> NoReturn:
@@ -125,7 +124,7 @@ def die() -> NoReturn:
 
 
 def finish(folder: Path) -> None:
-    assert run.train(tiny_run(*OPTIONS), folder) == "finished"
+    assert train_in(folder, tiny_run(*OPTIONS)) == "finished"
 
 
 def kill_at_random_moments(folder: Path, kills: int, uninterrupted: Path) -> None:
@@ -172,7 +171,7 @@ def train_and_die_in_save(folder: Path, moment: str) -> None:
         original(self, *args, **kwargs)
 
     RunFolder.save = save  # type: ignore[method-assign]
-    run.train(tiny_run(*OPTIONS), folder)
+    train_in(folder, tiny_run(*OPTIONS))
 
 
 def save_half(content: Any, file: Any) -> NoReturn:
@@ -229,10 +228,10 @@ def test_loader_processes_change_nothing_and_outlive_the_signal(
 ) -> None:
     options = [f"data={{name: images, path: {pictures}, size: 8, channels: 1, binarize: true, batch: 8, memory: 0}}"]
     options += ["train.steps=5", "data.global_batch=64"]  # eight passes: more than are ever read ahead
-    assert run.train(tiny_run(*options, "data.workers=0"), tmp_path / "plain") == "finished"
+    assert train_in(tmp_path / "plain", tiny_run(*options, "data.workers=0")) == "finished"
     at_step(3, everyone_is_told_to_stop)
-    assert run.train(tiny_run(*options, "data.workers=2"), tmp_path) == "interrupted"
-    assert run.train(tiny_run(*options, "data.workers=2"), tmp_path) == "finished"
+    assert train_in(tmp_path, tiny_run(*options, "data.workers=2")) == "interrupted"
+    assert train_in(tmp_path, tiny_run(*options, "data.workers=2")) == "finished"
     plain, found = checkpoint(tmp_path / "plain" / "tiny"), checkpoint(tmp_path / "tiny")
     assert differences(found["model"], plain["model"]) == []
     assert log(tmp_path / "tiny") == log(tmp_path / "plain" / "tiny")
@@ -245,7 +244,7 @@ def test_loader_processes_change_nothing_and_outlive_the_signal(
 def half_done(tmp_path: Path, at_step: Callable[[int, Callable[[], Any]], None]) -> Path:
     """The runs folder of a run that was asked to stop after update 3 of 6."""
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(), tmp_path) == "interrupted"
+    assert train_in(tmp_path, tiny_run()) == "interrupted"
     return tmp_path
 
 
@@ -261,13 +260,13 @@ def half_done(tmp_path: Path, at_step: Callable[[int, Callable[[], Any]], None])
 )
 def test_what_alters_the_model_or_the_schedule_is_refused(half_done: Path, override: str, line: str) -> None:
     with pytest.raises(UserError, match=r"trained with another config.*allow_changes=true") as error:
-        run.train(tiny_run(override), half_done)
+        train_in(half_done, tiny_run(override))
     assert f"  {line}" in str(error.value).splitlines()
     assert checkpoint(half_done / "tiny")["counters"]["step"] == 3
 
 
 def test_what_alters_neither_is_only_said(half_done: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.train(tiny_run("train.log_every=2"), half_done) == "finished"
+    assert train_in(half_done, tiny_run("train.log_every=2")) == "finished"
     assert "changed since the last checkpoint: train.log_every: 1 → 2" in capsys.readouterr().out
     assert load_run(half_done / "tiny").train.log_every == 2
 
@@ -277,7 +276,7 @@ def test_a_field_that_the_checkpoint_does_not_know_had_its_default(half_done: Pa
     content = checkpoint(half_done / "tiny")
     del content["config"]["model"]["classes"], content["format"], content["version"]
     save_checkpoint(half_done / "tiny" / "checkpoints" / "step-000000003.pt", content)
-    assert run.train(tiny_run(), half_done) == "finished"
+    assert train_in(half_done, tiny_run()) == "finished"
     assert "changed" not in capsys.readouterr().out
 
 
@@ -296,29 +295,29 @@ def test_images_and_lists_may_lie_elsewhere(
         return tiny_run(own, "data.workers=0", *more)
 
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(options(pictures, f"data.lists={folders[0]}"), tmp_path) == "interrupted"
+    assert train_in(tmp_path, options(pictures, f"data.lists={folders[0]}")) == "interrupted"
     with pytest.raises(UserError, match=rf"trained with another config[\s\S]*data\.lists: {folders[0]} → None"):
-        run.train(options(pictures), tmp_path)
+        train_in(tmp_path, options(pictures))
     moved = pictures.rename(tmp_path / "moved")
-    assert run.train(options(moved, f"data.lists={folders[1]}"), tmp_path) == "finished"
+    assert train_in(tmp_path, options(moved, f"data.lists={folders[1]}")) == "finished"
     assert f"data.lists: {folders[0]} → {folders[1]}" in capsys.readouterr().out
 
 
 def test_allowed_changes_take_effect(half_done: Path) -> None:
     options = ["optim.lr=0.5", "optim.schedule=constant", "optim.weight_decay=0", "optim.ema=null"]
-    assert run.train(tiny_run(*options, "allow_changes=true"), half_done) == "finished"
+    assert train_in(half_done, tiny_run(*options, "allow_changes=true")) == "finished"
     assert column(half_done / "tiny", "learning_rate")[3:] == [0.5, 0.5, 0.5]
     assert checkpoint(half_done / "tiny")["ema"] is None
 
 
 def test_another_optimiser_is_refused_even_so(half_done: Path) -> None:
     with pytest.raises(UserError, match=r"optim\.name: adamax → adamw: start a new run, with train\.init_from"):
-        run.train(tiny_run("optim.name=adamw", "allow_changes=true"), half_done)
+        train_in(half_done, tiny_run("optim.name=adamw", "allow_changes=true"))
 
 
 def test_another_model_is_a_clear_error_even_so(half_done: Path) -> None:
     with pytest.raises(UserError, match="the weights are of another model than the config describes"):
-        run.train(tiny_run("model.groups=3", "allow_changes=true"), half_done)
+        train_in(half_done, tiny_run("model.groups=3", "allow_changes=true"))
 
 
 def test_weight_decay_that_was_changed_is_used(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,22 +328,22 @@ def test_weight_decay_that_was_changed_is_used(half_done: Path, monkeypatch: pyt
         "step",
         lambda self, *args: (seen.append(self.param_groups[0]["weight_decay"]), original(self, *args))[1],
     )
-    run.train(tiny_run("optim.weight_decay=0.25", "allow_changes=true"), half_done)
+    train_in(half_done, tiny_run("optim.weight_decay=0.25", "allow_changes=true"))
     assert seen == [0.25] * 3
 
 
 def test_smaller_passes_keep_the_global_batch(half_done: Path) -> None:
-    assert run.train(tiny_run("data.batch=16"), half_done) == "finished"
+    assert train_in(half_done, tiny_run("data.batch=16")) == "finished"
     counters = checkpoint(half_done / "tiny")["counters"]
     assert counters["images_seen"] == 6 * 32
 
 
 def test_a_finished_run_is_left_as_it_is(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run.train(tiny_run(), half_done) == "finished"
+    assert train_in(half_done, tiny_run()) == "finished"
     before = {file: file.read_bytes() for file in (half_done / "tiny" / "checkpoints").iterdir()}
     written = (half_done / "tiny" / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("nvae.training.watching.Watcher.bounds", lambda *args: pytest.fail("validated again"))
-    assert run.train(tiny_run(), half_done) == "finished"
+    assert train_in(half_done, tiny_run()) == "finished"
     assert {file: file.read_bytes() for file in (half_done / "tiny" / "checkpoints").iterdir()} == before
     assert (half_done / "tiny" / "metrics.jsonl").read_bytes() == written
     assert outcome(half_done / "tiny") == {"outcome": "finished", "step": 6, "message": ""}
@@ -356,7 +355,7 @@ def test_a_finished_run_is_left_as_it_is(half_done: Path, monkeypatch: pytest.Mo
 def test_a_second_run_in_a_live_folder_refuses_and_leaves_it_alone(half_done: Path) -> None:
     before = outcome(half_done / "tiny")
     with RunFolder(half_done / "tiny").locked(), pytest.raises(UserError, match="another process trains"):
-        run.train(tiny_run(), half_done)
+        train_in(half_done, tiny_run())
     assert outcome(half_done / "tiny") == before
 
 
@@ -364,7 +363,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
     tmp_path: Path, uninterrupted: Path, at_step: Callable[[int, Callable[[], Any]], None]
 ) -> None:
     at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run.train(tiny_run(*OPTIONS), tmp_path) == "interrupted"
+    assert train_in(tmp_path, tiny_run(*OPTIONS)) == "interrupted"
     newest = tmp_path / "tiny" / "checkpoints" / "step-000000007.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     finish(tmp_path)
@@ -376,7 +375,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
 
 def test_a_warm_start_takes_the_weights_and_begins_at_step_0(half_done: Path, tmp_path_factory: Any) -> None:
     runs = tmp_path_factory.mktemp("warm")
-    assert run.train(tiny_run(f"train.init_from={half_done / 'tiny'}", "train.steps=1"), runs) == "finished"
+    assert train_in(runs, tiny_run(f"train.init_from={half_done / 'tiny'}", "train.steps=1")) == "finished"
     source, content = checkpoint(half_done / "tiny"), checkpoint(runs / "tiny", 0)
     assert differences(content["model"], source["model"]) == []
     assert differences(content["ema"], source["model"]) == []
@@ -387,5 +386,5 @@ def test_a_warm_start_takes_the_weights_and_begins_at_step_0(half_done: Path, tm
 def test_a_warm_start_from_another_model_is_a_clear_error(half_done: Path, tmp_path_factory: Any) -> None:
     runs = tmp_path_factory.mktemp("warm")
     with pytest.raises(UserError, match=r"^train\.init_from: the weights are of another model"):
-        run.train(tiny_run(f"train.init_from={half_done / 'tiny'}", "model.groups=3"), runs)
+        train_in(runs, tiny_run(f"train.init_from={half_done / 'tiny'}", "model.groups=3"))
     assert outcome(runs / "tiny")["outcome"] == "failed"

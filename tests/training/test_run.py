@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from places import ROOT
-from tiny_run import TINY, checkpoint, column, outcome, tiny_run
+from tiny_run import TINY, checkpoint, column, outcome, tiny_run, train_in
 
 from nvae.commands import command
 from nvae.core import distributed
@@ -17,7 +17,6 @@ from nvae.core.config import dump_yaml, validate
 from nvae.core.errors import UserError
 from nvae.core.precision import allow_tf32, precision_on
 from nvae.data.config import DataConfig
-from nvae.training import run
 from nvae.training.config import load_run, read_run_config, run_config
 from nvae.training.continuation import with_global_batch
 
@@ -87,7 +86,7 @@ def test_shares_that_are_uneven_are_refused() -> None:
 
 
 def test_batches_are_printed_and_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run.train(tiny_run("data.global_batch=64", "train.steps=1"), tmp_path)
+    train_in(tmp_path, tiny_run("data.global_batch=64", "train.steps=1"))
     assert "64 images per update (32 per process and pass)" in capsys.readouterr().out
     config = load_run(tmp_path / "tiny")
     assert (config.data.global_batch, config.data.batch) == (64, 32)
@@ -95,12 +94,12 @@ def test_batches_are_printed_and_written_down(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_learning_rate_follows_the_global_batch_where_asked(tmp_path: Path) -> None:
     options = ["optim.warmup_steps=0", "optim.schedule=constant", "train.steps=1"]
-    run.train(tiny_run(*options, "optim.lr_batch=16", "data.global_batch=64"), tmp_path)
+    train_in(tmp_path, tiny_run(*options, "optim.lr_batch=16", "data.global_batch=64"))
     assert column(tmp_path / "tiny", "learning_rate") == pytest.approx([1e-2 * 64 / 16])
 
 
 def test_the_length_of_training_is_given_in_epochs_or_updates(tmp_path: Path) -> None:
-    run.train(tiny_run("train.steps=null", "train.epochs=0.05"), tmp_path)
+    train_in(tmp_path, tiny_run("train.steps=null", "train.epochs=0.05"))
     assert checkpoint(tmp_path / "tiny")["counters"]["step"] == 3  # 0.05 · 1500 / 32, rounded up
 
 
@@ -142,14 +141,14 @@ def test_tf32_is_an_option_and_off_otherwise() -> None:
 def test_cuda_where_there_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.device: cuda was asked for"):
-        run.train(tiny_run("train.device=cuda"), tmp_path)
+        train_in(tmp_path, tiny_run("train.device=cuda"))
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"process 2 of this machine finds 2 CUDA devices"):
-        distributed.start("cuda", timeout_minutes=1)
+        distributed.start(torch.device("cuda"), timeout_minutes=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -223,7 +222,7 @@ def files_of(run: Path) -> dict[Path, bytes]:
 def test_a_command_that_is_refused_leaves_every_file_of_a_run_as_it_was(finished: Path, overrides: list[str]) -> None:
     before = files_of(finished / "tiny")
     with pytest.raises(UserError):
-        run.train(tiny_run("train.steps=1", *overrides), finished)
+        train_in(finished, tiny_run("train.steps=1", *overrides))
     assert files_of(finished / "tiny") == before
 
 
@@ -231,7 +230,7 @@ def test_a_command_that_is_refused_leaves_every_file_of_a_run_as_it_was(finished
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs folder of a run that has ended."""
     folder = tmp_path_factory.mktemp("finished")
-    run.train(tiny_run("train.steps=1"), folder)
+    train_in(folder, tiny_run("train.steps=1"))
     return folder
 
 
@@ -239,17 +238,17 @@ def test_weights_of_another_model_are_told_by_the_fields_that_make_it_another(fi
     with pytest.raises(
         UserError, match=r"another model than the config describes: '[^']*'[^\n]*\n  model\.groups: 2 → 3$"
     ):
-        run.train(tiny_run("train.steps=1", "model.groups=3", "allow_changes=true"), finished)
+        train_in(finished, tiny_run("train.steps=1", "model.groups=3", "allow_changes=true"))
     with pytest.raises(UserError, match=r"^train\.init_from: the weights are.*\n  model\.groups: 2 → 3$"):
-        run.train(tiny_run(f"train.init_from={finished / 'tiny'}", "model.groups=3"), tmp_path)
+        train_in(tmp_path, tiny_run(f"train.init_from={finished / 'tiny'}", "model.groups=3"))
 
 
 def test_a_refusal_is_written_down_where_no_run_has_begun(tmp_path: Path) -> None:
     for name in ("nowhere", "elsewhere"):
         with pytest.raises(UserError, match=name):
-            run.train(tiny_run(f"train.init_from={name}"), tmp_path)
+            train_in(tmp_path, tiny_run(f"train.init_from={name}"))
         assert name in outcome(tmp_path / "tiny")["message"]
-    run.train(tiny_run("train.steps=1"), tmp_path)
+    train_in(tmp_path, tiny_run("train.steps=1"))
     assert outcome(tmp_path / "tiny")["outcome"] == "finished"
 
 
@@ -259,18 +258,18 @@ def test_a_full_disk_ends_a_run_with_the_file_and_the_reason(tmp_path: Path, mon
 
     monkeypatch.setattr("nvae.training.folder.save_checkpoint", save)
     with pytest.raises(OSError, match="No space"):
-        run.train(tiny_run(), tmp_path)
+        train_in(tmp_path, tiny_run())
     assert outcome(tmp_path / "tiny")["message"] == "rank 0: step.pt: No space left on device"
 
 
 def test_signals_are_the_callers_again_afterwards(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    run.train(tiny_run("train.steps=1"), tmp_path)
+    train_in(tmp_path, tiny_run("train.steps=1"))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
 def test_the_config_of_a_run_is_found_from_its_folder_and_its_checkpoints(tmp_path: Path) -> None:
-    run.train(tiny_run("train.steps=1"), tmp_path)
+    train_in(tmp_path, tiny_run("train.steps=1"))
     folder = tmp_path / "tiny"
     expected = tiny_run("train.steps=1", "data.global_batch=32")
     assert load_run(folder) == expected

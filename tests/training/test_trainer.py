@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import EVERY_BRICK, checkpoint, column, differences, log, outcome, tiny_run
+from tiny_run import EVERY_BRICK, checkpoint, column, differences, log, outcome, tiny_run, train_in
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -20,7 +20,7 @@ from nvae.data.loading import Batch, TrainingStream, evaluation_batches
 from nvae.data.sets import open_images
 from nvae.evaluation.bounds import evaluate_batches
 from nvae.models.base import Output
-from nvae.training import run, setup
+from nvae.training import setup
 from nvae.training.adamax import Adamax
 from nvae.training.optim import Schedule
 from nvae.training.trainer import Trainer
@@ -31,7 +31,7 @@ Alter = Callable[[Callable[[Any], Any]], None]
 
 def trained(folder: Path, *overrides: str) -> Path:
     """Trains to the end; the run's folder."""
-    assert run.train(tiny_run(*overrides), folder) == "finished"
+    assert train_in(folder, tiny_run(*overrides)) == "finished"
     return folder / "tiny"
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_stays_non_finite_goes_back_at_half_the_learning_rate(tmp_pat
 def test_after_the_last_return_it_stops_and_names_the_first_module(tmp_path: Path, alter: Alter) -> None:
     alter(lambda model: model.groups[1].prior.register_forward_hook(lambda module, inputs, output: output / 0))
     with pytest.raises(UserError) as error:
-        run.train(tiny_run("train.non_finite_limit=2", "train.return_limit=2"), tmp_path)
+        train_in(tmp_path, tiny_run("train.non_finite_limit=2", "train.return_limit=2"))
     said = str(error.value)
     assert "after 2 returns" in said
     assert "first to be non-finite: the output of 'groups.1.prior'" in said
@@ -163,7 +163,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_module(tmp_path: Path, a
 
     alter(lambda model: model.groups[1].combine.register_forward_hook(poison_gradient))
     with pytest.raises(UserError, match=r"first to be non-finite: the gradient at 'groups\.1\.combine'"):
-        run.train(tiny_run("train.non_finite_limit=1", "train.return_limit=0"), tmp_path)
+        train_in(tmp_path, tiny_run("train.non_finite_limit=1", "train.return_limit=0"))
 
 
 def test_checkpoints_are_not_written_amid_non_finite_updates(tmp_path: Path, alter: Alter) -> None:
@@ -252,7 +252,7 @@ def test_bfloat16_trains_on_the_cpu(tmp_path: Path) -> None:
 
 def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a CUDA device"):
-        run.train(tiny_run("train.precision=fp16"), tmp_path)
+        train_in(tmp_path, tiny_run("train.precision=fp16"))
 
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("cells", 0.0), ("activations", 1e-6)])
@@ -393,7 +393,7 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path, alter: Alter) -> None
     alter(lambda model: model.stem.register_forward_hook(exhausted))
     said = r"train\.recompute=cells or train\.precision=mixed or data\.batch=16 data\.global_batch=32 would need less"
     with pytest.raises(UserError, match=said) as error:
-        run.train(tiny_run(), tmp_path)
+        train_in(tmp_path, tiny_run())
     assert outcome(tmp_path / "tiny")["message"] == f"rank 0: {error.value}"
 
 

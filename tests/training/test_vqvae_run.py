@@ -9,7 +9,7 @@ import pytest
 import torch
 from entry_scripts import call, results_of
 from processes import start_ranks
-from tiny_run import TINY, checkpoint, column, differences, log
+from tiny_run import TINY, checkpoint, column, differences, log, train_in
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -18,7 +18,6 @@ from nvae.core.config import apply_overrides
 from nvae.core.errors import UserError
 from nvae.models.vqvae.model import VQVAE
 from nvae.models.vqvae.prior import VQVAEPrior
-from nvae.training import run
 from nvae.training.config import AnyRunConfig, run_config
 from nvae.training.trainer import Trainer
 
@@ -51,14 +50,14 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of stage 1 that nothing happened to."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("vqvae")
-    assert run.train(first_config(), folder) == "finished"
+    assert train_in(folder, first_config()) == "finished"
     return folder / "tiny"
 
 
 @pytest.fixture(scope="module")
 def prior(first: Path) -> Path:
     """That of one of stage 2."""
-    assert run.train(prior_config(first), first.parent) == "finished"
+    assert train_in(first.parent, prior_config(first)) == "finished"
     return first.parent / "prior"
 
 
@@ -92,8 +91,8 @@ def test_a_run_learns_and_logs_its_codebooks(first: Path) -> None:
 @pytest.mark.usefixtures("dying")
 def test_a_run_that_died_ends_as_if_it_had_not(first: Path, tmp_path: Path) -> None:
     with pytest.raises(ConnectionAbortedError):
-        run.train(first_config(), tmp_path)
-    assert run.train(first_config(), tmp_path) == "finished"
+        train_in(tmp_path, first_config())
+    assert train_in(tmp_path, first_config()) == "finished"
     assert differences(checkpoint(tmp_path / "tiny"), checkpoint(first)) == []
     assert log(tmp_path / "tiny") == log(first)
 
@@ -107,17 +106,17 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def test_accumulation_changes_nothing(first: Path, tmp_path: Path) -> None:
-    assert run.train(first_config("data.batch=8", "data.global_batch=32"), tmp_path) == "finished"
+    assert train_in(tmp_path, first_config("data.batch=8", "data.global_batch=32")) == "finished"
     assert_same_run(tmp_path / "tiny", first)
 
 
 def test_recomputation_changes_nothing(first: Path, tmp_path: Path) -> None:
-    assert run.train(first_config("train.recompute=cells"), tmp_path) == "finished"
+    assert train_in(tmp_path, first_config("train.recompute=cells")) == "finished"
     assert_same_run(tmp_path / "tiny", first)
 
 
 def _train_rank(folder: Path) -> None:
-    run.train(first_config("data.batch=16"), folder)
+    train_in(folder, first_config("data.batch=16"))
 
 
 def test_two_processes_train_as_one(first: Path, tmp_path: Path) -> None:
@@ -129,13 +128,13 @@ def test_two_processes_train_as_one(first: Path, tmp_path: Path) -> None:
 
 
 def test_skipped_updates_leave_codebooks_as_they_began(tmp_path: Path) -> None:
-    assert run.train(first_config("optim.skip_norm=1e-9", "optim.skip_limit=100"), tmp_path) == "finished"
+    assert train_in(tmp_path, first_config("optim.skip_norm=1e-9", "optim.skip_limit=100")) == "finished"
     began, ended = (checkpoint(tmp_path / "tiny", step)["model"] for step in (0, 6))
     assert differences(began, ended) == []
 
 
 def test_averages_of_the_weights_have_the_codebooks_of_now(tmp_path: Path) -> None:
-    assert run.train(first_config("optim.ema=0.9"), tmp_path) == "finished"
+    assert train_in(tmp_path, first_config("optim.ema=0.9")) == "finished"
     content = checkpoint(tmp_path / "tiny")
     for name, tensor in content["model"].items():
         same = torch.equal(content["ema"][name], tensor)
@@ -143,7 +142,7 @@ def test_averages_of_the_weights_have_the_codebooks_of_now(tmp_path: Path) -> No
 
 
 def test_bf16_works(first: Path, tmp_path: Path) -> None:
-    assert run.train(first_config("train.precision=bf16"), tmp_path) == "finished"
+    assert train_in(tmp_path, first_config("train.precision=bf16")) == "finished"
     assert column(tmp_path / "tiny", "nelbo") == pytest.approx(column(first, "nelbo"), rel=0.02)
 
 
@@ -166,7 +165,7 @@ def test_a_prior_is_whole_without_the_run_it_came_from(first: Path, prior: Path,
         model = load_model(whole)
         assert isinstance(model, VQVAEPrior)
         assert model.sample(2).mean().shape == (2, 1, 8, 8)
-        assert run.train(prior_config(first, "train.steps=7", "allow_changes=true"), tmp_path) == "finished"
+        assert train_in(tmp_path, prior_config(first, "train.steps=7", "allow_changes=true")) == "finished"
     finally:
         hidden.rename(first)
         whole.rename(prior)
@@ -174,24 +173,24 @@ def test_a_prior_is_whole_without_the_run_it_came_from(first: Path, prior: Path,
 
 def test_a_prior_without_a_run_to_build_on_is_refused_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"built on: .*nowhere: no such checkpoint") as error:
-        run.train(prior_config(tmp_path / "nowhere"), tmp_path)
+        train_in(tmp_path, prior_config(tmp_path / "nowhere"))
     assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.usefixtures("dying")
 def test_a_prior_that_died_ends_as_if_it_had_not(first: Path, prior: Path, tmp_path: Path) -> None:
     reference = tmp_path / "whole"
-    assert run.train(prior_config(first, "train.steps=4"), reference) == "finished"
+    assert train_in(reference, prior_config(first, "train.steps=4")) == "finished"
     with pytest.raises(ConnectionAbortedError):
-        run.train(prior_config(first, "train.steps=4"), tmp_path)
-    assert run.train(prior_config(first, "train.steps=4"), tmp_path) == "finished"
+        train_in(tmp_path, prior_config(first, "train.steps=4"))
+    assert train_in(tmp_path, prior_config(first, "train.steps=4")) == "finished"
     assert differences(checkpoint(tmp_path / "prior"), checkpoint(reference / "prior")) == []
 
 
 def test_a_level_trained_alone_goes_on_top_of_another(first: Path, tmp_path: Path) -> None:
-    assert run.train(prior_config(first, "model.level=0", "name=top", "train.steps=2"), tmp_path) == "finished"
+    assert train_in(tmp_path, prior_config(first, "model.level=0", "name=top", "train.steps=2")) == "finished"
     both = prior_config(tmp_path / "top", "model.level=1", "name=both", "train.steps=2")
-    assert run.train(both, tmp_path) == "finished"
+    assert train_in(tmp_path, both) == "finished"
     top, whole = (checkpoint(tmp_path / name)["model"] for name in ("top", "both"))
     assert all(torch.equal(whole[name], tensor) for name, tensor in top.items() if name.startswith("priors.0"))
     assert any(name.startswith("priors.1") for name in whole)
@@ -216,7 +215,7 @@ def test_both_are_evaluated_with_their_one_draw(first: Path, prior: Path) -> Non
 
 def test_a_posterior_temperature_gives_importance_samples(first: Path, tmp_path: Path) -> None:
     config = prior_config(first, "model.posterior_temperature=1", "train.steps=1")
-    assert run.train(config, tmp_path) == "finished"
+    assert train_in(tmp_path, config) == "finished"
     assert call("evaluate", tmp_path / "prior", "--importance-samples", 10, "--limit", 20) == 0
     (entry,) = results_of(tmp_path / "prior").values()
     assert entry["estimates"]["bound_10"]["nats"] < entry["estimates"]["bound_1"]["nats"]
@@ -248,7 +247,7 @@ def test_they_have_a_page(prior: Path) -> None:
 
 def test_without_a_likelihood_rate_and_distortion_are_reported_and_no_sum(tmp_path: Path) -> None:
     squared = "model.likelihood={kind: squared_error}"
-    assert run.train(first_config(squared, "data.binarize=false"), tmp_path) == "finished"
+    assert train_in(tmp_path, first_config(squared, "data.binarize=false")) == "finished"
     folder = tmp_path / "tiny"
     assert column(folder, "squared_error")[-1] < column(folder, "squared_error")[0]
     logged = {name for line in log(folder) for name in line}

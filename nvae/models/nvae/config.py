@@ -75,6 +75,9 @@ class NVAEConfig(ModelConfig):
                     f"{op.groups // math.gcd(op.groups, op.expansion)} is needed, found {channels}"
                 )
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.adaptive_groups else {"min_groups": "without adaptive_groups all scales have the same"}
+
     @property
     def groups_per_scale(self) -> list[int]:
         """Number of groups of each scale, bottom-up from the largest latent resolution (spec §2)."""

@@ -158,6 +158,8 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def forward(self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None) -> Output:
         """(B, C, H, W) in [0, 1] -> Output. Both ways with one set of effective weights."""
+        if not self.training:
+            self.check_images(x)
         features = self.encode(x, labels)
         return self.decoded(TopDownPass(self, features, len(x)), features.target, noise)
 

@@ -28,6 +28,11 @@ class ObjectiveConfig(Config):
     spectral_start: float | None = Field(None, gt=0)
     """λ at the start of the KL warm-up, annealed geometrically to `spectral`; none: λ is fixed."""
 
+    def idle(self) -> dict[str, str]:
+        during = ("kl_constant", "kl_min", "kl_balance", "spectral_start")
+        found = {} if self.kl_warmup else dict.fromkeys(during, "there is no kl_warmup")
+        return found if self.spectral else {"spectral_start": "there are no penalties", **found}
+
 
 def kl_coefficient(progress: float, config: ObjectiveConfig) -> float:
     """clip((p − p₀)/w, min, 1) at the fraction p of training done, w the warm-up and p₀ the constant part (spec §5)."""

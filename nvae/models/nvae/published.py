@@ -20,11 +20,12 @@ from ...bricks.resampling import DownSkip, UpSkip
 from ...core.config import user_error
 from ...core.errors import UserError
 from ..base import Family, ModelConfig
-from ..renaming import load_renamed, renamed
+from ..renaming import Shapes, load_renamed, numbered, renamed, side_of
 from .config import NVAEConfig
 from .model import NVAE
 
 FAMILY: type[Family[Any]] = NVAE
+CARRIES_CONFIG = True
 SAFE_TYPES = (argparse.Namespace,)
 REDUNDANT = ".weight_normalized"
 GREY = ("mnist", "omniglot")
@@ -246,8 +247,31 @@ def from_published(content: dict[str, Any], edge: MixtureEdge = "published", con
     """
     model = NVAE(config_from_args(content["args"], edge))
     tensors = {name: tensor for name, tensor in content["state_dict"].items() if not name.endswith(REDUNDANT)}
-    load_renamed(model, tensors, tensor_names(model), "args")
+    load_renamed(model, tensors, tensor_names(model), "args", told)
     return model.eval()
+
+
+def told(shapes: Shapes) -> dict[str, int | str | None]:
+    """What published shapes tell of arguments; of the cells of the towers only where the groups are as many."""
+    groups = numbered(shapes, "enc_sampler")
+    latent = side_of(shapes, "enc_sampler.0.weight", 0)
+    pixel = side_of(shapes, "image_conditional.1.weight", 0)
+    fields: dict[str, int | str | None] = {
+        "dataset": f"a set of {side_of(shapes, 'stem.weight', 1)} channels",
+        "num_channels_enc": side_of(shapes, "stem.weight", 0),
+        "num_channels_dec": side_of(shapes, "image_conditional.1.weight", 1),
+        "num_latent_per_group": None if latent is None else latent // 2,
+        "num_groups_per_scale, num_latent_scales": f"{groups} groups",
+        "num_preprocess_blocks, num_preprocess_cells": f"{numbered(shapes, 'pre_process')} cells",
+        "num_postprocess_blocks, num_postprocess_cells": f"{numbered(shapes, 'post_process')} cells",
+        "num_nf": numbered(shapes, "nf_cells") // max(groups, 1),
+        "use_se": str(any(".se.se." in name for name in shapes)),
+        "num_mixture_dec": None if pixel is None else f"{pixel} numbers a pixel",
+        "the sides of the dataset's images": side_of(shapes, "prior_ftr0", -1),
+    }
+    for field, tower in (("num_cell_per_cond_enc", "enc_tower"), ("num_cell_per_cond_dec", "dec_tower")):
+        fields[field] = f"{numbered(shapes, tower)} cells and joints with {groups} groups"
+    return fields
 
 
 def origin(content: dict[str, Any]) -> dict[str, Any]:

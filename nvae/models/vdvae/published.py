@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ...bricks.likelihoods import MixtureEdge
 from ...core.errors import UserError
 from ..base import Family, ModelConfig
-from ..renaming import load_renamed, renamed
+from ..renaming import Shapes, load_renamed, numbered, renamed, side_of
 from .config import VDVAEConfig
 from .model import VDVAE, Block, EncoderBlock, LatentBlock
 
 FAMILY: type[Family[Any]] = VDVAE
+CARRIES_CONFIG = False
 WRAPPER = "module."
 HALLMARK = "encoder.in_conv.weight"
 
@@ -42,8 +43,27 @@ def from_published(
         raise UserError(f"config: its model is of family '{config.family}', the checkpoint is of family 'vdvae'")
     model = VDVAE(config.with_likelihood(edge=edge, grid="truncated"))
     tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in content.items()}
-    load_renamed(model, tensors, tensor_names(model), "config")
+    load_renamed(model, tensors, tensor_names(model), "config", told)
     return model.eval()
+
+
+def told(shapes: Shapes) -> dict[str, int | str | None]:
+    """What published shapes tell of a config."""
+    encoder, decoder = "encoder.enc_blocks", "decoder.dec_blocks"
+    width, middle = side_of(shapes, "encoder.in_conv.weight", 0), side_of(shapes, f"{encoder}.0.c1.weight", 0)
+    blocks = numbered(shapes, decoder)
+    widths = dict.fromkeys(side_of(shapes, f"{decoder}.{i}.z_proj.weight", 0) for i in range(blocks))
+    return {
+        "model.image_channels": side_of(shapes, "encoder.in_conv.weight", 1),
+        "model.width": width,
+        "model.widths": ", ".join(str(other) for other in widths if other != width) or "none",
+        "model.bottleneck": None if width is None or middle is None else f"{middle / width:g}",
+        "model.latent_channels": side_of(shapes, f"{decoder}.0.z_proj.weight", 1),
+        "model.encoder": f"{numbered(shapes, encoder)} blocks",
+        "model.decoder": f"{blocks} blocks",
+        "model.bias_up_to": f"{numbered(shapes, 'decoder.bias_xs')} resolutions",
+        "model.likelihood": f"{side_of(shapes, 'decoder.out_net.out_conv.weight', 0)} numbers a pixel",
+    }
 
 
 def origin(content: dict[str, Any]) -> dict[str, Any]:

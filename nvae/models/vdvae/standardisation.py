@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
+from ...core.precision import in_float64
 from .config import VDVAEConfig
 
 
@@ -68,7 +69,7 @@ def pixel_moments(images: Iterable[Tensor]) -> tuple[float, float]:
     """Mean and standard deviation, from 0 to 255 and to 4 decimals, of all pixels of (B, C, H, W) images in [0, 1]."""
     sums = torch.zeros(3, dtype=torch.float64)  # how many, Σ, Σ²
     for batch in images:
-        pixels = 255 * batch.double()
+        pixels = 255 * in_float64(batch)
         sums += torch.stack([torch.ones_like(pixels).sum(), pixels.sum(), pixels.square().sum()]).cpu()
     count, total, squares = sums.tolist()
     mean = total / count

@@ -90,6 +90,9 @@ class VQVAEPriorConfig(ModelConfig):
     train_decoder: bool = False
     """Whether the decoder of the image trains on beside the priors, the codes staying as they are."""
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.classes else dict.fromkeys(("label_dropout", "guidance"), "the model takes no classes")
+
     @property
     def foundation(self) -> str | None:
         return None if self.first_stage is not None else self.codes

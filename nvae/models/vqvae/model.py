@@ -20,6 +20,7 @@ from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.quantiser import Quantised, Quantiser, after_update, discard
 from ...bricks.recomputation import Recomputable
 from ...core.errors import UserError
+from ...core.precision import in_float64
 from ..base import (
     Density,
     Family,
@@ -224,5 +225,5 @@ def rescaled(images: Tensor) -> Tensor:
 
 def uniform_codes(noise: Tensor, codes: int, temperature: float) -> Tensor:
     """Indices that standard-normal noise (B, h, w) draws, each as likely as the others; at temperature 0 the first."""
-    share = torch.special.ndtr(noise.double()) if temperature else torch.zeros_like(noise)
-    return (share * codes).long().clamp(max=codes - 1)
+    share = torch.special.ndtr(in_float64(noise)) if temperature else torch.zeros_like(noise)
+    return (share * codes).long().clamp(max=codes - 1).to(noise.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...bricks.causal import AttentionBlock, CodeContext, Conv2d, GatedBlock, Walk, places
 from ...bricks.recomputation import Recomputable
 from ...core.config import Config
+from ...core.precision import in_float64
 
 
 class PixelSNAILConfig(Config):
@@ -203,7 +204,7 @@ class PixelSNAIL(Recomputable):
         if guided and labels is not None:
             condition = _both(condition, self.condition(above, torch.full_like(labels, -1)))
         codes = torch.zeros(noise.shape[0], *noise.shape[2:], dtype=torch.int64, device=noise.device)
-        uniform = torch.special.ndtr(noise[:, 0].double())
+        uniform = torch.special.ndtr(in_float64(noise[:, 0]))
         walk = Walk(*codes.shape[1:])
         for row, column in walk:
             logits = self.step(torch.cat([codes, codes]) if guided else codes, walk, condition)
@@ -218,7 +219,7 @@ def chosen(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """The code (B,) at which the distribution function of (B, K) logits passes uniform numbers (B,); at 0 the mode."""
     if temperature == 0:
         return logits.argmax(1)
-    cumulative = torch.softmax(logits.double() / temperature, dim=1).cumsum(1)
+    cumulative = torch.softmax(in_float64(logits) / temperature, dim=1).cumsum(1)
     return (cumulative < uniform[:, None]).sum(1).clamp(max=logits.shape[1] - 1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...bricks.likelihoods import Likelihood
 from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_distances
 from ...core.errors import UserError
+from ...core.precision import in_float64
 from ..base import (
     Family,
     FirstImages,
@@ -229,6 +230,6 @@ def drawn_near(quantiser: Quantiser, vectors: Tensor, noise: Tensor, scale: Tens
     distances = squared_distances(vectors.movedim(1, -1).reshape(-1, dim), quantiser.codebook)
     distances = distances.reshape(batch, height * width, -1)
     log_p = torch.log_softmax(-distances / scale, dim=2)
-    uniform = torch.special.ndtr(noise.double()).reshape(batch, -1, 1)
-    indices = (log_p.double().exp().cumsum(2) < uniform).sum(2).clamp(max=distances.shape[2] - 1)
+    uniform = torch.special.ndtr(in_float64(noise)).reshape(batch, -1, 1)
+    indices = (in_float64(log_p).exp().cumsum(2) < uniform).sum(2).clamp(max=distances.shape[2] - 1).to(noise.device)
     return indices.reshape(batch, height, width), log_p.gather(2, indices[:, :, None]).sum((1, 2))

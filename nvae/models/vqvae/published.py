@@ -4,6 +4,7 @@ Their names appear here and nowhere else: of one level, Sonnet's example in PyTo
 network; of three, its bricks; and its PixelSNAIL. Codebooks and sums are (D, K) there, (K, D) here.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ...bricks.likelihoods import MixtureEdge
 from ...bricks.quantiser import AveragedQuantiser
 from ...core.errors import UserError
 from ..base import Family, ModelConfig
-from ..renaming import load_renamed, renamed
+from ..renaming import Shapes, load_renamed, renamed, side_of
 from .config import VQVAEConfig
 from .model import VQVAE
 from .network import Down, Level, Network, ResidualBlock, Up
@@ -30,7 +31,14 @@ MATRICES = ("codebook", "embed", "embed_avg")
 
 
 FAMILY: type[Family[Any]] = VQVAE
+CARRIES_CONFIG = False
 HALLMARKS = ("to_vq.weight", "quantize_conv_t.weight", "conv_3.weight")
+"""The convolution before the top's codes, of one, two and three levels."""
+CODEBOOKS = ("codebook", "quantize_t.embed", "q_3.embed")
+IMAGES = ("encoder.conv1.weight", "enc_b.blocks.0.weight", "enc_1.blocks.0.weight")
+"""What sees the image."""
+WIDENED = re.compile(r"(encoder|enc_t|enc_3)\.blocks?\.\d+\.(conv3|conv\.1)\.weight")
+"""What widens the residual blocks of the top's encoder."""
 
 
 def is_published(content: dict[str, Any]) -> bool:
@@ -78,7 +86,24 @@ def content_of(model: VQVAE, origin: Mapping[str, Any], dataset: str | None = No
 
 def load_network(network: Network, tensors: Mapping[str, Tensor]) -> None:
     """Gives a network the tensors of a foreign state dict. Raises UserError where they are of another one."""
-    load_renamed(network, _transposed(tensors), network_names(network), "config")
+    load_renamed(network, _transposed(tensors), network_names(network), "config", told)
+
+
+def told(shapes: Shapes) -> dict[str, int | str | None]:
+    """What the shapes of a network's tensors tell of its config, codebooks (K, D)."""
+    for levels, (hallmark, codebook, image) in enumerate(zip(HALLMARKS, CODEBOOKS, IMAGES, strict=True), start=1):
+        if hallmark in shapes:
+            widened = [shape for name, shape in shapes.items() if WIDENED.fullmatch(name)]
+            return {
+                "model.factors": f"{levels} levels",
+                "model.image_channels": side_of(shapes, image, 1),
+                "model.channels": side_of(shapes, hallmark, 1),
+                "model.residual_channels": widened[0][0] if widened else None,
+                "model.blocks": len(widened),
+                "model.quantiser.codes": side_of(shapes, codebook, 0),
+                "model.quantiser.dim": side_of(shapes, codebook, 1),
+            }
+    return {}
 
 
 def foreign_network(network: Network) -> dict[str, Tensor]:
@@ -94,7 +119,7 @@ def foreign_network(network: Network) -> dict[str, Tensor]:
 def load_prior(prior: PixelSNAIL, tensors: Mapping[str, Tensor]) -> None:
     """As `load_network`, for a prior."""
     learned = {name: tensor for name, tensor in tensors.items() if name != PLACES}
-    load_renamed(prior, learned, prior_names(prior), "config")
+    load_renamed(prior, learned, prior_names(prior), "config", lambda shapes: {})
 
 
 def foreign_prior(prior: PixelSNAIL) -> dict[str, Tensor]:
