@@ -160,24 +160,39 @@ def model_of(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Weights into a model. Raises UserError, naming a tensor, for those of another model and for non-finite ones."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = _difference(model.state_dict(), weights)
-        raise UserError(f"the weights are of another model than the config describes: {reason}") from error
+    own = model.state_dict()
+    reason = unlike(own, weights)
+    if reason is None:
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError:
+            reason = _unmatched(own, weights)
+    if reason is not None:
+        raise UserError(f"the weights are of another model than the config describes: {reason}")
     require_finite(model)
 
 
-def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that does not fit, one of another shape before one that is missing or unknown."""
-    for name in [name for name in own if name in weights]:
-        shape = getattr(weights[name], "shape", ())
-        if own[name].shape != shape:
-            return f"'{name}' is {tuple(shape)}, not {tuple(own[name].shape)}"
-    for words, names in (("is missing", own.keys() - weights.keys()), ("is unknown", weights.keys() - own.keys())):
-        if names:
-            return f"'{min(names)}' {words}"
+def unlike(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
+    """The first of some weights that cannot be put into the place of that name: no tensor, another kind or shape."""
+    if not isinstance(weights, Mapping):
+        return "no tensors by name"
+    for name, found in weights.items():
+        if not isinstance(name, str) or not isinstance(found, Tensor):
+            return f"'{name}' is no tensor with a name"
+        place = own.get(name, found)
+        if (place.layout, place.is_floating_point()) != (found.layout, found.is_floating_point()) or found.is_complex():
+            return f"'{name}' is {found.dtype}, {found.layout}, not {place.dtype}"
+        if place.shape != found.shape:
+            return f"'{name}' is {tuple(found.shape)}, not {tuple(place.shape)}"
+        if found.is_meta and not place.is_meta:
+            return f"'{name}' has no numbers"
     return None
+
+
+def _unmatched(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """The first tensor that is missing or unknown."""
+    missing = own.keys() - weights.keys()
+    return f"'{min(missing)}' is missing" if missing else f"'{min(weights.keys() - own.keys())}' is unknown"
 
 
 def require_finite(model: nn.Module) -> None:

@@ -135,7 +135,9 @@ def _count(value: Any, depth: int = 0) -> int:
     if depth > DEEPEST:
         raise ValueError(f"values are nested more than {DEEPEST} deep")
     total = 1
-    for part in (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for part in (
+        (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         total += _count(part, depth + 1)
         if total > MOST:
             raise ValueError(f"more than {MOST:,} values, aliases written out")

@@ -55,12 +55,12 @@ def ready(
     saved = folder.newest()
     if saved is None:  # once such fields were accepted, and a run goes on as it began
         refuse_idle(config)
-    before = saved["config"]["data"]["global_batch"] if saved else None
+    earlier = _config_in(saved) if saved else None
+    before = earlier.data.global_batch if earlier else None
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
     data, seed = config.data, config.seed
     images, held_out = open_images(data, "train"), open_images(data, "validation")
     content = content_of({"train": images, "validation": held_out})
-    earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
     source = _source(config) if saved is None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
     foundation = foundation_of(config)
@@ -74,7 +74,7 @@ def ready(
     schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
     state, warm = _state(config, device, precision), list[str]()
     if saved is not None:
-        with naming_fields(notes):
+        with naming_fields(folder.checkpoints, notes):
             state.load_state_dict(saved)
     elif source is not None:
         warm = start_from(source, state)
@@ -107,6 +107,13 @@ def ready(
     )
     notes = [f"changed since the last checkpoint: {note}" for note in notes]
     return Ready(config, content, trainer, [*notes, *warm, _greeting(config, trainer)])
+
+
+def _config_in(saved: dict[str, Any]) -> AnyRunConfig:
+    """The config that a checkpoint was saved with. Raises UserError where there is none."""
+    if not isinstance(saved.get("config"), dict):
+        raise UserError("the checkpoint's config: is missing or damaged")
+    return run_config(saved["config"], "the checkpoint's config")
 
 
 def images_per_update(config: AnyRunConfig) -> int:

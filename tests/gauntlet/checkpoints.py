@@ -124,9 +124,13 @@ def _going_on(case: Case, family: str, content: dict[str, Any]) -> tuple[Any, li
     state = accepted.trainer.state.state_dict()
     if content.get("ema") is None:  # an average that was not kept starts from the weights
         content = {**content, "ema": content.get("model")}
-    return state["counters"]["step"], [
-        line for part in state for line in differences(_plain(state[part]), _plain(content.get(part)), part)
-    ]
+    wrong = []
+    for part in ("model", "ema", "optimiser", "skip_rule", "counters"):
+        held = content.get(part)
+        if part in ("counters", "skip_rule"):  # what a later version may add is passed over
+            held = {name: held.get(name) for name in state[part]} if isinstance(held, dict) else held
+        wrong += differences(_plain(state[part]), _plain(held), part)
+    return state["counters"]["step"], wrong
 
 
 def _plain(part: Any) -> Any:

@@ -64,7 +64,9 @@ def run(case: Case) -> Result:
     if happened:
         return Result(Verdict.LET_IN, f"{attempt.tried}: a command was executed")
     if answer.code != 0:
-        return refusal(answer, attempt.names or [file.name, "error: model.", "model.family=", *attempt.overrides], attempt.tried)
+        return refusal(
+            answer, attempt.names or [file.name, "error: model.", "model.family=", *attempt.overrides], attempt.tried
+        )
     return _resolved(answer, attempt)
 
 

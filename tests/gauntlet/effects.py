@@ -9,8 +9,10 @@ from typing import Any
 
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn", "webbrowser.open")
 REACHES = ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request", "ftplib.connect", "smtplib.connect")
-CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
+CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CACHES = ("/.cache", "/.config/matplotlib", "/torchinductor_")
+"""Where libraries keep what they have compiled or looked up."""
 JOKES = ("antigravity", "this", "idlelib.idle", "turtle", "pty", "webbrowser", "smtpd")
 """Modules of Python that do something, or open the way to it, when imported."""
 
@@ -26,6 +28,8 @@ class _Watch:
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.folder is None:
             return
+        if event == "subprocess.Popen" and list(arguments[1][1:]) == ["--version"]:
+            return  # whether there is a compiler
         if event in STARTS or event in REACHES or (event == "import" and arguments[0] in JOKES):
             self.seen.append(f"{event} {arguments[:2]!r:.200}")
         elif event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES):
@@ -37,7 +41,8 @@ class _Watch:
         if not isinstance(path, str | Path):
             return
         place = os.path.realpath(path)
-        if not place.startswith((f"{self.folder}{os.sep}", os.devnull)) and place != str(self.folder):
+        is_cache = any(cache in place for cache in CACHES)
+        if not is_cache and not place.startswith((f"{self.folder}{os.sep}", os.devnull)) and place != str(self.folder):
             self.seen.append(f"{event} {place}")
 
 

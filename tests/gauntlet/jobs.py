@@ -127,8 +127,9 @@ JOBS = {
 
 def lay_out(folder: Path) -> None:
     """What the jobs start from: a trained run, and pictures."""
-    assert train_in(folder, tiny_run(*STEPS)) == "finished"
-    (folder / "tiny").rename(folder / "trained")
+    os.chdir(folder)
+    assert finished(JOBS["training"]) == [0]
+    (folder / "runs" / "tiny").rename(folder / "trained")
     draws = np.random.RandomState(0)
     (folder / "pictures").mkdir()
     for number in range(PICTURES):

@@ -25,7 +25,7 @@ import torch
 from .cases import Group, Result, Verdict, case_of
 
 MIB = 2**20
-PATIENCE = 8
+PATIENCE = 24
 """A case is killed after so many times its processor time on the clock: the machine may be shared."""
 ADDRESS_SPACE = 3 * 2**30
 """Bytes that a process may map beyond what it has when it starts; protects the machine, not the verdict."""

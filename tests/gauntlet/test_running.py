@@ -51,10 +51,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Record]:
     process.join(120)
     found = [Record(**line) for line in reporting.read(folder / "found.json")["records"]]
     assert len(found) == 9
-    assert (
-        sorted(entry.name for entry in folder.iterdir() if entry.name not in ("found.json", "bad-3", "bad-4"))
-        == []
-    )
+    assert sorted(entry.name for entry in folder.iterdir() if entry.name not in ("found.json", "bad-3", "bad-4")) == []
     return {record.number: record for record in found}
 
 
