@@ -1,5 +1,6 @@
 """Whether what a checkpoint holds beside the weights can be taken over: its kinds, shapes and names are checked."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,8 @@ def require_numbers(part: str, saved: Mapping[Any, Any], like: Mapping[str, Any]
 
 def _is_number(value: Any, kind: type) -> bool:
     if kind is float:
-        return type(value) in (int, float) and value == value
-    return type(value) is kind and value >= 0
+        return type(value) in (int, float) and not math.isnan(value)
+    return isinstance(value, int) and type(value) is kind and value >= 0
 
 
 def _unfit(where: str, reason: str) -> UserError:

@@ -64,6 +64,8 @@ SMALL = (
     "9" * 5000,
 )
 LARGE = ("999999999999", "-999999999999", "1e400", "4294967296")
+GENERAL = ("required", "needed", "no such file", "image_size", "smaller than size")
+"""What a refusal may speak of that the line does not."""
 INDICES = ("--first", "--groups", "--group", "--limit", "--temperature", "--seed", "--rows", "--nearest", "--grid")
 """Options that may be told large numbers: those of the others ask for that much work."""
 
@@ -72,7 +74,9 @@ def prepare(material: Path) -> None:
     """A run, its recipe, and pictures."""
     assert train_in(material, tiny_run("train.steps=2")) == "finished"
     (material / "tiny").rename(material / "trained")
-    (material / "tiny.yaml").write_text(json.dumps(TINY))
+    (material / "tiny.yaml").write_text(
+        json.dumps({**TINY, "train": {**TINY["train"], "steps": 1, "kernels": "plain"}})
+    )
     (material / "pictures").mkdir()
     draws = np.random.RandomState(0)
     for number in range(12):
@@ -87,18 +91,25 @@ def run(case: Case) -> Result:
     words = list(case.random.choice(LINES))
     changed = [_mutated(case.random, words) for _ in range(case.random.choice((1, 1, 1, 2)))]
     words = [word.replace("\0", "") for word in words]
+    if words[0] == "prepare" and "--processes" not in words:  # processes of its own would outlive the case
+        words += ["--processes", "1"]
     tried = " ".join(words)[:300]
     answer = ask(*words) if words[0] in ("train", "evaluate", "sample", "prepare", "convert", "benchmark") else None
     if answer is None:
         return Result(Verdict.REFUSED, "no command")
     if answer.code == 0:
         return Result(Verdict.RESOLVED, tried)
-    return refusal(answer, [*_names([*changed, *words[1:]]), "required", "needed", "image_size"], tried)
+    return refusal(answer, [*_names([*changed, *words[1:]]), *GENERAL], tried)
 
 
 def _names(changed: list[str]) -> list[str]:
     """What a refusal may call a changed word."""
-    return [part for word in changed for part in (word[:40], word.partition("=")[0][:40]) if part.strip()]
+    return [
+        part
+        for word in changed
+        for part in (word[:40], word.partition("=")[0].lstrip("-")[:40], f"'{word}'")
+        if part.strip()
+    ]
 
 
 def _mutated(random: Random, words: list[str]) -> str:

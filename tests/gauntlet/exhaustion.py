@@ -1,5 +1,6 @@
 """Full, locked and vanished disks, jumping clocks, too little memory: what was saved stays, and a line says why."""
 
+import importlib
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import processes
 import torch
 from tiny_run import TINY, checkpoint, outcome
 
@@ -25,8 +27,8 @@ from .running import FORK
 ROOMY = 64 * 1024
 COMMANDS: dict[str, tuple[object, ...]] = {
     "training": ("train", "tiny.yaml", *jobs.STEPS),
-    "evaluation": ("evaluate", "trained", "--importance-samples", 12, "--draws", 2, "--batch", 50, "--out", "found"),
-    "sampling": ("sample", "trained", "--count", 40, "--batch", 4, "--out", "found"),
+    "evaluation": ("evaluate", "trained", "--importance-samples", 12, "--draws", 2, "--batch", 50, *jobs.OUT),
+    "sampling": ("sample", "trained", "--count", 40, "--batch", 4, *jobs.OUT),
 }
 
 
@@ -191,6 +193,8 @@ def little_memory(case: Case) -> Result:
     _enter(case.folder / "work", case.material)
 
     def limit() -> None:
+        for module in processes.PRELOADED:  # what is loaded late, as by any command
+            importlib.import_module(module)
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + room * 2**20,) * 2)
 

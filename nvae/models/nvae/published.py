@@ -99,7 +99,7 @@ def image_size(dataset: str) -> int:
     if dataset == "ffhq":
         return 256
     suffix = dataset.rpartition("_")[2]
-    return int(suffix) if suffix.isdigit() else 32
+    return int(suffix) if suffix.isdecimal() and len(suffix) < 8 else 32
 
 
 def args_from_config(config: NVAEConfig, dataset: str) -> argparse.Namespace:

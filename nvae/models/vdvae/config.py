@@ -36,7 +36,7 @@ class VDVAEConfig(ModelConfig):
     """Channels of the states, at the image's resolution and wherever `widths` does not say otherwise."""
     widths: str = ""
     """Channels at other resolutions, `512:32,256:64,…`; they never grow with the resolution."""
-    bottleneck: float = Field(0.25, gt=0)
+    bottleneck: float = Field(0.25, gt=0, le=64)
     """Channels inside a block, as a fraction of the width."""
     latent_channels: int = Field(16, ge=1, le=65_536)
     """Channels of a latent variable, Z."""
