@@ -189,7 +189,7 @@ def jumping_clock(case: Case) -> Result:
 
 def little_memory(case: Case) -> Result:
     """An address space that leaves little room."""
-    name, room = case.random.choice(tuple(COMMANDS)), case.random.choice((1, 4, 16, 64, 128, 256))
+    name, room = case.random.choice(tuple(COMMANDS)), case.random.choice((8, 16, 32, 64, 128, 256))
     _enter(case.folder / "work", case.material)
 
     def limit() -> None:
