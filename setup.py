@@ -21,7 +21,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"nvae-{name} = nvae.commands.{name}:main"
-            for name in ("train", "evaluate", "sample", "prepare", "convert", "benchmark")
+            for name in ("train", "evaluate", "sample", "prepare", "convert", "join", "benchmark")
         ]
     },
     install_requires=[
@@ -53,7 +53,7 @@ setup(
             "torch-fidelity>=0.4",
         ],
         "fid": ["torch-fidelity>=0.4"],
-        "wandb": ["wandb>=0.16"],
+        "wandb": ["wandb>=0.31"],
         "hub": ["huggingface_hub"],
     },
 )

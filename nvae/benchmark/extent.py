@@ -11,7 +11,8 @@ import torch
 
 from ..core.memory import MIB, peak_mib
 from ..kernels.operations import Mode, using
-from ..models.base import ModelConfig, Recomputation
+from ..models.base import Recomputation
+from ..models.config import ModelConfig
 from .memory import saved_bytes
 from .timing import in_turns
 from .workloads import Way, Workload

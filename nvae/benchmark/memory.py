@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..models.base import Family, Metrics, ModelConfig, Output, Recomputation
+from ..models.base import Family, Metrics, Output, Recomputation
+from ..models.config import ModelConfig
 from ..models.registry import build
 
 

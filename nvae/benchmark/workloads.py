@@ -14,7 +14,8 @@ from ..core.precision import Precision, allow_tf32, autocast
 from ..evaluation.bounds import Evaluator, importance_weighted_bound
 from ..kernels.fusion import compile_each
 from ..kernels.operations import using
-from ..models.base import Family, FirstBatch, FirstImages, ModelConfig
+from ..models.base import Family, FirstBatch, FirstImages
+from ..models.config import ModelConfig
 from ..models.nvae.config import NVAEConfig
 from ..models.registry import build
 from ..sampling.images import sample_images

@@ -56,12 +56,15 @@ class LatentGroup(nn.Module):
             self.merge = Conv2d(decoder.channels, encoder.channels)
             self.prior = Conv2d(decoder.channels, 2 * latent_channels)
 
-    def forward(self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None) -> Draw:
+    def forward(
+        self, state: Tensor, tap: Tensor, noise: Tensor, given: Tensor | None, of_class: Tensor | None = None
+    ) -> Draw:
         """The prior, the posterior, a draw from it (or the `given` z, scored), and z in the decoder state (spec §3).
 
-        state (K·B, C, h, w), tap (B, …, h, w) from `seen`, noise and given (K·B, L, h, w); K any number.
+        state (K·B, C, h, w), tap (B, …, h, w) from `seen`, noise and given (K·B, L, h, w), of_class (K·B, 2L, 1, 1), to
+        the first group only; K any number.
         """
-        prior_raw = self.prior_raw(state)
+        prior_raw = self.prior_raw(state, of_class)
         p = Normal.from_sum([prior_raw])
         q = Normal.from_sum(self.posterior_raws(tap, state, prior_raw))
         if given is not None:
@@ -72,11 +75,15 @@ class LatentGroup(nn.Module):
         scored = score(q, p, drawn, z, closed=len(self.flow) == 0)
         return Draw(self.entered(state, z), z, scored, q, p)
 
-    def prior_raw(self, state: Tensor) -> Tensor:
-        """Raw prior parameters (B, 2L, h, w) from the decoder state; zeros for the first group (spec §3)."""
+    def prior_raw(self, state: Tensor, of_class: Tensor | None = None) -> Tensor:
+        """Raw prior parameters (B, 2L, h, w) from the decoder state.
+
+        For the first group they are zeros (spec §3), or what the class says, (B, 2L, 1, 1).
+        """
         if self.is_first:
             batch, _, height, width = state.shape
-            return at_least_float32(state.new_zeros(batch, 2 * self.latent_channels, height, width))
+            zeros = at_least_float32(state.new_zeros(batch, 2 * self.latent_channels, height, width))
+            return zeros if of_class is None else zeros + of_class
         return at_least_float32(self.prior(state, "elu"))
 
     def seen(self, features: Tensor) -> Tensor:

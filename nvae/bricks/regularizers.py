@@ -75,7 +75,8 @@ def _forget_start(module: nn.Module, incompatible: Any) -> None:
 
 def batch_norm_penalty(scales: Iterable[Tensor]) -> Tensor:
     """Σ over batch norms of max|γ| (spec §5), a scalar, 0 without any. `scales`: each norm's γ (C,)."""
-    magnitudes = [scale.abs() for scale in scales]
-    if not magnitudes:
-        return torch.zeros(())
-    return nn.utils.rnn.pad_sequence(magnitudes).amax(0).sum()  # over (C_max, norms), padded with zeros
+    widths: dict[int, list[Tensor]] = {}
+    for scale in scales:
+        widths.setdefault(len(scale), []).append(scale)
+    largest = [torch.stack(group).abs().amax(1) for group in widths.values()]  # (norms) of each width
+    return torch.cat(largest).sum() if largest else torch.zeros(())

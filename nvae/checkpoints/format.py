@@ -67,6 +67,8 @@ def _first_damaged(path: Path) -> str | None:
         return None
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
+        if len({part.filename for part in parts}) < len(parts):
+            return "a part that is there twice"
         for part in parts:
             if part.compress_type == zipfile.ZIP_STORED and part.compress_size != part.file_size:
                 return part.filename

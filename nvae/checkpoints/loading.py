@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..bricks.likelihoods import MixtureEdge
 from ..core.config import read_yaml, validate
 from ..core.errors import UserError
-from ..models.base import Family, ModelConfig
+from ..models.base import Family
+from ..models.config import ModelConfig
 from ..models.nvae import published
 from ..models.registry import build, family
 from ..models.vdvae import published as published_vdvae

@@ -1,6 +1,8 @@
 """Arguments that evaluate.py and sample.py share."""
 
 import argparse
+import math
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +65,26 @@ def known_device(text: str) -> str:
         return device_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def amount(text: str) -> float:
+    """A number from 0 on."""
+    return _within(text, 0, math.inf, "from 0 on")
+
+
+def fraction(text: str) -> float:
+    """A number above 0, up to 1."""
+    return _within(text, sys.float_info.min, 1, "above 0, up to 1")
+
+
+def _within(text: str, least: float, most: float, allowed: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (least <= number <= most and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"takes a number {allowed}, found '{text}'")
+    return number
 
 
 def numbers(text: str) -> list[float]:

@@ -4,6 +4,7 @@
     %(prog)s train --plain --precision fp32 bf16 --batch 1 4 16 64
     %(prog)s train sample --model configs/cifar10.yaml --device cuda --precision fp16 --compile
     %(prog)s train --profile traces
+    %(prog)s draw --side 32 --batch 1               codes of a VQ-VAE-2, beside a whole pass for each code
 
 All ways to do a thing take turns in one run; figures are medians, spread is half of what lies between quartiles.
 """
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..benchmark.drawing import drawing
 from ..benchmark.extent import memory_growth, over_batches, over_groups, saved_mib_per_image, seconds_to_first_update
 from ..benchmark.loading import decoder_rate, loader_rate, resident_milliseconds
 from ..benchmark.machine import description, keep_memory, matrix_peak, training_gflop
@@ -67,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-memory", action="store_true", help="no page faults in any way (glibc's allocator)")
     parser.add_argument("--importance-samples", type=natural, default=10, metavar="K", help="default: 10")
     parser.add_argument("--store", type=Path, help="data: a prepared store of 256×256 images, instead of a made one")
+    parser.add_argument("--side", type=natural, default=16, help="draw: of a square map of codes (default: 16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write traces there instead")
     return parser.parse_args()
@@ -208,11 +211,26 @@ def data(args: argparse.Namespace) -> Table:
     return lines, figures
 
 
+def draw(args: argparse.Namespace) -> Table:
+    """A map of codes drawn with what earlier positions left, beside a whole pass for each code."""
+    device = device_of(args.device, "--device")
+    found = drawing(args.side, args.batch[0], args.rounds, device)
+    figures = found.summary()
+    lines = [
+        f"draw: {found.batch} × {found.side}×{found.side} codes, a prior of {found.parameters:,} parameters",
+        f"  drawn {figures['milliseconds']:.0f} ± {figures['spread']:.0f} ms, a whole pass "
+        f"{figures['pass_milliseconds']:.1f} ± {figures['pass_spread']:.1f} ms; a pass for each code would take "
+        f"{figures['faster']:.0f} times as long ({figures['faster_least']:.0f}–{figures['faster_most']:.0f})",
+    ]
+    return lines, dict(figures)
+
+
 ACTIONS: dict[str, Callable[[argparse.Namespace], Table]] = {
     **{what: partial(speed, what=what) for what in WORK},
     "memory": memory,
     "scaling": scaling,
     "data": data,
+    "draw": draw,
 }
 
 

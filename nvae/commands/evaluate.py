@@ -1,8 +1,9 @@
-"""Evaluate a run, or a checkpoint: bounds on −log p(x), FID, a report page.
+"""Evaluate a run, or a checkpoint: bounds on −log p(x), FID, classification accuracy score, a report page.
 
     %(prog)s runs/cifar10 --importance-samples 1000
     %(prog)s runs/digits --draws 5
     %(prog)s runs/cifar10 --fid --temperature 0.7
+    %(prog)s runs/digits_classes --cas
     %(prog)s runs/cifar10 --report
     %(prog)s published.pt --config configs/cifar10.yaml
 
@@ -14,20 +15,24 @@ from typing import NoReturn
 
 from ..core.distributed import rank
 from ..evaluation.quality import SAMPLES
-from .arguments import natural, numbers, parser_of, refuse_others, subject_of
+from .arguments import amount, natural, numbers, parser_of, refuse_others, subject_of
 from .bounds import DEFAULT_SAMPLES, Measurement, evaluate_bounds, samples_for
+from .classification import evaluate_cas
 from .command import command
 from .page import write_page
 from .quality import evaluate_fid
 
 OPTIONS = {
     "bounds": ("batch", "split", "importance_samples", "draws", "limit", "rows", "compile"),
-    "--fid": ("batch", "readjust", "temperature", "count"),
+    "--fid": ("batch", "readjust", "temperature", "count", "guidance"),
+    "--cas": ("batch", "readjust", "temperature", "count", "guidance"),
     "--report": ("readjust",),
 }
 """Those that not every action takes."""
-TEMPERATURE = """fid: of the samples; multiplies σ of every prior (default: 1): one value, or one per scale (smallest
-first) or latent group, with commas"""
+TEMPERATURE = """fid, cas: of the samples; multiplies σ of every prior (default: 1): one value, or one per scale (the
+smallest first) or latent group, with commas"""
+
+COUNT = f"samples; fid: {SAMPLES} by default, cas: as many as there are training images"
 
 
 def main() -> NoReturn:
@@ -39,12 +44,17 @@ def run() -> int:
     """What was asked for on the command line; the exit code."""
     args = parse()
     with subject_of(args) as subject:
+        if args.guidance is not None:
+            subject.model.set_guidance(args.guidance)
         if args.report:
             path = write_page(subject, seed=args.seed, readjust=args.readjust)
             if rank() == 0:
                 print(f"written: {path}")
         elif args.fid:
-            evaluate_fid(subject, args.temperature, args.count, args.seed, args.batch, args.readjust)
+            samples = args.count or SAMPLES
+            evaluate_fid(subject, args.temperature, samples, args.seed, args.batch, args.readjust)
+        elif args.cas:
+            evaluate_cas(subject, args.temperature, args.count, args.seed, args.batch, args.readjust)
         else:
             samples = samples_for(subject, args.importance_samples)
             asked = Measurement(args.split, samples, args.seed, args.draws, args.limit)
@@ -65,9 +75,12 @@ def parse() -> Namespace:
     other = parser.add_argument_group("instead of bounds")
     what = other.add_mutually_exclusive_group()
     what.add_argument("--fid", action="store_true", help="FID, KID, precision, recall and Inception score of samples")
+    what.add_argument("--cas", action="store_true", help="accuracy on test images of a classifier trained on samples")
     what.add_argument("--report", action="store_true", help="write report.html: results, curves, latents, pictures")
     other.add_argument("--temperature", type=numbers, metavar="T", default=[1.0], help=TEMPERATURE)
-    other.add_argument("--count", "--num", type=natural, default=SAMPLES, help="fid: samples (default: %(default)s)")
+    other.add_argument("--count", "--num", type=natural, help=COUNT)
+    other.add_argument("--guidance", type=amount, metavar="W", help="fid, cas: of the samples (default: the model's)")
     args = parser.parse_args()
-    refuse_others(parser, args, "--fid" if args.fid else "--report" if args.report else "bounds", OPTIONS)
+    asked = (name for name in ("fid", "cas", "report") if getattr(args, name))
+    refuse_others(parser, args, next((f"--{name}" for name in asked), "bounds"), OPTIONS)
     return args

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import center_crop
 
 from ..core.distributed import rank
 from ..core.errors import UserError
-from ..data.loading import evaluation_batches
+from ..data.loading import Batch, evaluation_batches
 from ..data.sets import open_images
 from ..data.splits import Split
 from ..sampling import latent_space
@@ -28,12 +28,14 @@ ROWS = 8
 def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image beside its reconstructions from the first k latent groups, for each k asked for (none: from all)."""
     model = subject.model.for_inference()
-    images = images_of(subject, args.split, args.first, args.count, seed=args.seed)
-    unpadded = center_crop(images, [subject.data.size])
+    batch = batch_of(subject, args.split, args.first, args.count, seed=args.seed)
+    unpadded = center_crop(batch.images, [subject.data.size])
     at = temperature_of(args.temperature[0], model)
     with subject.autocast():
         found = [
-            latent_space.reconstruct(model, images, groups=groups, temperature=at, seed=args.seed)
+            latent_space.reconstruct(
+                model, batch.images, labels=told(subject, batch), groups=groups, temperature=at, seed=args.seed
+            )
             for groups in args.groups
         ]
     yield str(_save(subject, "reconstructions", torch.stack([unpadded, *found])))
@@ -41,7 +43,7 @@ def write_reconstructions(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
     """From each image to another one: a strip, and an animation."""
-    images = images_of(subject, args.split, args.first, args.count, together=2, seed=args.seed)
+    images = batch_of(subject, args.split, args.first, args.count, together=2, seed=args.seed).images
     first, second = images.chunk(2)
     with subject.autocast():
         frames = latent_space.interpolate(subject.model.for_inference(), first, second, args.steps, seed=args.seed)
@@ -57,7 +59,7 @@ def write_interpolation(subject: Subject, args: Namespace) -> Iterator[str]:
 
 def write_traversal(subject: Subject, args: Namespace) -> Iterator[str]:
     """Each image as one latent group is turned; the image as it is stands in the middle."""
-    images = images_of(subject, args.split, args.first, args.count, seed=args.seed)
+    images = batch_of(subject, args.split, args.first, args.count, seed=args.seed).images
     with subject.autocast():
         frames = latent_space.traverse(subject.model.for_inference(), images, args.group, args.steps, seed=args.seed)
     yield str(_save(subject, f"traversal-group{args.group}", frames))
@@ -79,10 +81,10 @@ def write_neighbours(subject: Subject, args: Namespace) -> Iterator[str]:
     yield str(_save(subject, "neighbours", torch.cat([samples[None], found])))
 
 
-def images_of(
+def batch_of(
     subject: Subject, split: Split, first: int, rows: int | None, *, together: int = 1, seed: int = 0
-) -> Tensor:
-    """Images from `first` on of a split as the model takes them, (rows · together, C, H, W) in [0, 1].
+) -> Batch:
+    """rows · together images from `first` on of a split, as the model takes them, and their classes.
 
     None are as many rows as usual, or as the split has. Raises UserError where the split does not hold them.
     """
@@ -93,7 +95,12 @@ def images_of(
     chosen = evaluation_batches(
         images, subject.data, batch=count, device=subject.device, seed=seed, start=first, stop=first + count
     )
-    return torch.cat([batch.images for batch in chosen])
+    return next(iter(chosen))
+
+
+def told(subject: Subject, batch: Batch) -> Tensor | None:
+    """The classes of a batch that the model is told, (B,); None where it takes none."""
+    return batch.labels if subject.model.config.classes else None
 
 
 def _save(subject: Subject, name: str, frames: Tensor) -> Path:

@@ -21,12 +21,14 @@ from ..models.base import Family
 from ..sampling import latent_space
 from ..sampling.images import TEMPERATURES, sample_images
 from ..sampling.pictures import grid, png, strip
-from .latents import images_of
+from .latents import batch_of, told
 from .prior import model_at
 from .subject import Subject
 
 SAMPLES, COLUMNS = 32, 8
 IMAGES, STEPS = 10, 9
+LEVELS = range(4)
+"""Levels of codes whose curves are drawn."""
 CHARTS = (
     (
         "Negative ELBO",
@@ -34,6 +36,18 @@ CHARTS = (
         {"nelbo": "training", "validation/nelbo": "validation", "validation_ema/nelbo": "validation, averaged weights"},
     ),
     ("Reconstruction and KL", "nats", {"reconstruction": "reconstruction", "kl": "KL"}),
+    ("Squared error", "", {"squared_error": "training", "validation/squared_error": "validation"}),
+    (
+        "Rate of each level, training",
+        "nats a code",
+        {f"nats_per_code/{level:02d}": f"level {level}" for level in LEVELS},
+    ),
+    (
+        "Rate of each level, validation",
+        "nats a code",
+        {f"validation/nats_per_code/{level:02d}": f"level {level}" for level in LEVELS},
+    ),
+    ("Use of codebooks", "perplexity", {f"perplexity/{level:02d}": f"level {level}" for level in LEVELS}),
     ("Gradient norm", "", {"gradient_norm": "before clipping"}),
     ("Learning rate", "", {"learning_rate": "learning rate"}),
 )
@@ -63,9 +77,11 @@ def page_of(subject: Subject, *, seed: int = 0, readjust: bool = False) -> Page:
         facts=_facts(subject, active),
         entries=bounds,
         qualities=[entry for entry in entries if "metrics" in entry],
+        scores=[entry for entry in entries if "accuracy" in entry],
         charts=[chart for chart in (_chart(lines, *what) for what in CHARTS) if chart.series],
         kl_per_group=kl,
         active_units=active,
+        **({"units": "codes in use"} if subject.model.codes else {}),
         samples=list(_samples(subject, seed, readjust)),
         strips=list(_strips(subject, seed)),
         config=dump_yaml(config) if config is not None else "",
@@ -139,10 +155,18 @@ def _samples(subject: Subject, seed: int, readjust: bool) -> Iterator[Picture]:
 
 def _strips(subject: Subject, seed: int) -> Iterator[Picture]:
     count = min(IMAGES, len(open_images(subject.data, "test")))
-    images = images_of(subject, "test", 0, count, seed=seed)
-    model = subject.model.for_inference()
-    rebuilt = latent_space.reconstruct(model, images, seed=seed)
-    yield Picture("Reconstructions", "test images, and what the model makes of them", _rows(subject, images, rebuilt))
+    batch = batch_of(subject, "test", 0, count, seed=seed)
+    images, labels, model = batch.images, told(subject, batch), subject.model.for_inference()
+    rebuilt = latent_space.reconstruct(model, images, labels=labels, seed=seed)
+    top = range(1, len(model.latent_shapes(1))) if model.codes else []
+    parts = [
+        latent_space.reconstruct(model, images, labels=labels, groups=groups, temperature=0.0, seed=seed)
+        for groups in top
+    ]
+    caption = "test images, and what the model makes of them"
+    if parts:
+        caption += ": of the codes of the top levels alone, the others the likeliest, then of all"
+    yield Picture("Reconstructions", caption, _rows(subject, images, *parts, rebuilt))
     yield from _interpolation(model, images, seed)
 
 
@@ -155,6 +179,6 @@ def _interpolation(model: Family[Any], images: Tensor, seed: int) -> Iterator[Pi
     yield Picture("Interpolations", "between test images, in the prior's noise", png(strip(frames)))
 
 
-def _rows(subject: Subject, images: Tensor, rebuilt: Tensor) -> bytes:
+def _rows(subject: Subject, images: Tensor, *rebuilt: Tensor) -> bytes:
     """Images above what became of them."""
-    return png(grid(torch.cat([center_crop(images, [subject.data.size]), rebuilt]), columns=len(images)))
+    return png(grid(torch.cat([center_crop(images, [subject.data.size]), *rebuilt]), columns=len(images)))

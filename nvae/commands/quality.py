@@ -15,6 +15,7 @@ from ..data.sets import open_images
 from ..evaluation.quality import Extractors, Networks, Statistics, cached, metrics, statistics
 from ..evaluation.results import once, quality_table
 from ..sampling.images import sample_batches
+from .classification import drawn_like, labels_of
 from .prior import model_at
 from .subject import Subject
 
@@ -32,26 +33,36 @@ def evaluate_fid(
 ) -> dict[str, Any]:
     """The entry of results.json for samples at a temperature: found there, or measured now by all ranks; printed.
 
-    Pixels are drawn from the likelihood. The training set's statistics are kept in `cache` (None: beside torch's
-    downloads), for all models of that set.
+    Pixels are drawn from the likelihood; samples of a model of classes are of those of the training set, if it has any,
+    in their proportions. The training set's statistics are kept in `cache` (None: beside torch's downloads), for all
+    models of that set.
     """
-    networks, content, size = (
-        networks or Networks(),
-        subject.content(subject.reference_split),
-        batch or subject.data.batch,
-    )
+    networks, split, size = networks or Networks(), subject.reference_split, batch or subject.data.batch
+    content = subject.content(split)
+    conditional = subject.model.config.classes > 0 and bool((labels_of(subject, split) >= 0).any())
+    classes = drawn_like(subject, split, samples).tolist() if conditional else None
 
     def measure(_: Path) -> dict[str, Any]:
         extractors = Extractors(networks, subject.device)
         model, at = model_at(subject, temperature, readjust=readjust, seed=seed)
-        drawn = sample_batches(model, samples, at, seed=seed, batch=size, pixels="draw", precision=subject.precision)
+        numbers = range(samples)
+        drawn = sample_batches(
+            model,
+            numbers,
+            at,
+            classes=classes,
+            seed=seed,
+            batch=size,
+            pixels="draw",
+            precision=subject.precision,
+        )
         digest = hashlib.sha256(json.dumps([content, subject.data.binarize, vars(networks)]).encode()).hexdigest()[:16]
         file = (cache or default_cache()) / f"{identity['data']}-{digest}.safetensors"
         training = cached(file, lambda: _training(subject, size, extractors))
         return {"metrics": metrics(statistics(drawn, samples, extractors), training), **subject.origin}
 
     identity = {
-        "data": subject.images_name(subject.reference_split),
+        "data": subject.images_name(split),
         "content": content,
         "metric": "fid",
         "temperature": list(temperature),
@@ -59,6 +70,7 @@ def evaluate_fid(
         "seed": seed,
         "readjusted": readjust,
         "networks": "+".join(vars(networks).values()),
+        **({"classes": "theirs", "guidance": subject.model.guidance} if conditional else {}),
         "precision": subject.precision,
         "weights": subject.weights,
         "model": subject.fingerprint,

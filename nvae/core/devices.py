@@ -1,8 +1,9 @@
-"""Devices by name, as configs and commands take them."""
+"""Devices by name, as configs and commands take them, and how tensors get there."""
 
 import re
 
 import torch
+from torch import Tensor
 
 from .errors import UserError
 
@@ -32,3 +33,11 @@ def device_of(name: str, field: str) -> torch.device:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"{field}: mps was asked for, but PyTorch finds no Apple GPU here")
     return torch.device(name)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU's on a device. A GPU copies it when its turn comes; nobody waits for that."""
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .devices import sent
+
 
 def derived_seed(*key: int | str) -> int:
     """A 63-bit seed from a key such as (seed, "noise", image index): BLAKE2b of its text."""
@@ -45,7 +47,7 @@ def keyed_uniform(
     They are hashed, a whole batch at once, and therefore the same on every device: number e of image b is the e-th
     output of SplitMix64 (Steele et al. 2014) started at a hash of b's key, its top 24 bits.
     """
-    batch = torch.tensor(indices, dtype=torch.int64, device=device)
+    batch = sent(torch.tensor(indices, dtype=torch.int64), device)
     elements = torch.arange(1, math.prod(shape[1:]) + 1, device=device)
     keys = _mixed(derived_seed(seed, stream) + (batch + 1) * _GOLDEN)
     bits = _mixed(keys[:, None] + elements * _GOLDEN) >> 40 & 0xFFFFFF

@@ -47,7 +47,7 @@ USUAL: dict[str, dict[str, Any]] = {
 }
 """What a set's name says of other fields, where they are not given."""
 
-LOADING = frozenset({"padding", "binarize", "flip", "batch", "global_batch", "workers", "memory"})
+LOADING = frozenset({"padding", "binarize", "flip", "batch", "global_batch", "workers", "memory", "stored_codes"})
 """Fields of DataConfig that say how images are loaded, once they are read: they have their effect on any set. Each of
 the others has one only where the set that is found says so (`Found.uses`)."""
 
@@ -79,6 +79,9 @@ class DataConfig(Config):
     """Draw each pixel from a Bernoulli of its grey value: anew each time in training, always the same in evaluation."""
     flip: bool = False
     """Mirror half of the training images from left to right."""
+    stored_codes: bool = False
+    """Train a prior of codes on those that the store at `path` keeps of its images (`prepare_data.py --codes`), instead
+    of making them of each batch; the same numbers."""
     batch: int = Field(32, ge=1)
     """Images per process and forward pass."""
     global_batch: int | None = Field(None, ge=1)
@@ -105,6 +108,8 @@ class DataConfig(Config):
             )
         if self.binarize and self.channels != 1:
             raise ValueError("binarize: only one-channel images can be binarised, channels is 3")
+        if self.binarize and self.stored_codes:
+            raise ValueError("stored_codes: a binarised image has other codes at every draw; make them of each batch")
         if self.global_batch is not None and self.global_batch % self.batch:
             raise ValueError(f"global_batch: {self.global_batch} is not a multiple of batch ({self.batch})")
         return self

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.devices import sent
 from ..core.errors import UserError
 from .images import Crop, Images
 from .processes import process_context
@@ -48,8 +49,7 @@ def fetched(
     """
     answers = _from_processes(images, requests, largest, workers) if workers else _from_here(images, requests)
     for pixels, request in answers:
-        on_gpu = device.type == "cuda"
-        yield (pixels.pin_memory() if on_gpu else pixels).to(device, non_blocking=on_gpu), request
+        yield sent(pixels, device), request
 
 
 def _from_here(images: Images, requests: Iterable[Request]) -> Iterator[tuple[Tensor, Request]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.devices import sent
 from ..core.errors import UserError
 
 Crop = tuple[float, float]
@@ -95,7 +96,7 @@ class InMemory(Images):
         out.copy_(self.read(indices).permute(0, 2, 3, 1))
 
     def read(self, indices: Sequence[int], crops: Sequence[Crop] | None = None) -> Tensor:
-        return self.pixels[torch.as_tensor(indices, device=self.pixels.device)]
+        return self.pixels[sent(torch.as_tensor(indices), self.pixels.device)]
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.devices import sent
 from ..core.randomness import derived_seed, keyed_uniform
+from .codes import StoredCodes
 from .config import DataConfig
 from .fetching import Request, fetched
 from .images import Images, InMemory
@@ -26,6 +28,8 @@ class Batch:
     """Training: the number of each draw among all ever drawn, over ranks and epochs. Evaluation: place in the split."""
     labels: Tensor
     """(B,) int64 classes on the device, −1 where unknown."""
+    codes: Tensor | None = None
+    """(B, S) int64 on the device: the codes of the images, where a store keeps them (`codes.py`)."""
 
 
 class TrainingStream:
@@ -36,9 +40,18 @@ class TrainingStream:
     """
 
     def __init__(
-        self, images: Images, config: DataConfig, *, seed: int, device: torch.device, rank: int = 0, world: int = 1
+        self,
+        images: Images,
+        config: DataConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        codes: StoredCodes | None = None,
     ) -> None:
-        self.images = images
+        """`codes`: those of the images, for batches to have."""
+        self.images, self.codes = images, codes
         self.config = config
         self.seed = seed
         self.device = device
@@ -60,9 +73,11 @@ class TrainingStream:
         """
         config, requests = self.config, self._requests(start)
         for pixels, request in _fetched(self.images, requests, config, config.batch, self.device):
-            if config.flip:
-                pixels = _flipped(pixels, request.indices, self.seed)
-            yield _finished(pixels, request, self.images, config, self.seed, "binarize")
+            mirrored = _mirrored(request.indices, self.seed) if config.flip else []
+            batch = _finished(_flipped(pixels, mirrored), request, self.images, config, self.seed, "binarize")
+            if self.codes is not None:
+                batch.codes = self.codes.read(request.positions, mirrored).to(self.device)
+            yield batch
 
     def position(self, draw: int) -> int:
         """Place in the split of draw number `draw`."""
@@ -119,15 +134,22 @@ def _fetched(
     return fetched(images, requests, largest=largest, workers=config.workers, device=device)
 
 
-def _flipped(pixels: Tensor, indices: list[int], seed: int) -> Tensor:
-    """Half of the images (B, C, H, W), chosen by (seed, index), mirrored from left to right in place."""
+def _mirrored(indices: list[int], seed: int) -> list[int]:
+    """Rows of the images that are mirrored: half of them, chosen by (seed, index)."""
     coins = keyed_uniform((len(indices),), indices, seed, "flip", "cpu")
-    rows = (coins < 0.5).nonzero().squeeze(1)
+    rows: list[int] = (coins < 0.5).nonzero().squeeze(1).tolist()
+    return rows
+
+
+def _flipped(pixels: Tensor, mirrored: list[int]) -> Tensor:
+    """The images (B, C, H, W), rows of them mirrored from left to right in place."""
+    if not mirrored:
+        return pixels
     if pixels.device.type == "cpu":  # one by one in the order of their memory: a tenth of the time
-        for row in rows.tolist():
+        for row in mirrored:
             pixels[row] = pixels[row].flip(2)
         return pixels
-    rows = rows.to(pixels.device)
+    rows = sent(torch.tensor(mirrored, dtype=torch.int64), pixels.device)
     return pixels.index_copy_(0, rows, pixels.index_select(0, rows).flip(3))
 
 
@@ -135,8 +157,8 @@ def _finished(pixels: Tensor, request: Request, images: Images, config: DataConf
     """Grey values in [0, 1] of the uint8 pixels (B, C, H, W) of a request, binarised and padded as configured."""
     indices = request.indices
     # Divided by a tensor: a division by a number becomes a product on a GPU, and differs in the last bit.
-    grey = pixels.to(torch.float32).div_(torch.tensor(float(images.levels), device=pixels.device))
+    grey = pixels.to(torch.float32).div_(torch.full((), float(images.levels), device=pixels.device))
     if config.binarize:
         grey = (keyed_uniform(grey.shape, indices, seed, stream, grey.device) < grey).to(torch.float32)
-    labels = images.labels[request.positions].to(grey.device)
+    labels = sent(images.labels[request.positions], grey.device)
     return Batch(F.pad(grey, (config.padding,) * 4) if config.padding else grey, indices, labels)

@@ -91,7 +91,12 @@ def with_slashes(name: str) -> str:
 
 
 def spelling_key(name: str) -> str:
-    """Equal for two spellings of one file: "\\" or "/", "./" or nothing, accents composed or not, .JPG or .jpg."""
+    """Equal for two spellings of one file: "\\" or "/", "./" or nothing, accents composed or not, .JPG or .jpg.
+
+    Bytes that are no UTF-8 are letters of Windows-1252, which has those of Latin-1.
+    """
+    if any("\udc80" <= character <= "\udcff" for character in name):
+        name = name_bytes(name).decode("cp1252", "surrogateescape")
     plain = unicodedata.normalize("NFC", with_slashes(name))
     stem, suffix = posixpath.splitext(plain)
     return stem + suffix.lower()

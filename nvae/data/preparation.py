@@ -28,6 +28,7 @@ from .sources import Source
 from .splits import Split
 from .store import (
     INDEX,
+    NUMBER,
     Contents,
     Encoding,
     Index,
@@ -48,7 +49,7 @@ SHARD_BYTES = 64 * 2**20
 """Decoded size of the images of a shard: what a killed preparation loses per process."""
 RAW_UP_TO = 64
 """Images up to this size are stored raw: they are read faster, and compress badly one by one."""
-OURS = re.compile(r"\.?(train|validation|test)-\d{5}\.safetensors(\..*)?|\.?store\.json(\..*)?")
+OURS = re.compile(r"\.?(train|validation|test)-\d{5}(\.codes)?\.safetensors(\..*)?|\.?(store|codes)\.json(\..*)?")
 """Names of files that a preparation makes, finished or not."""
 
 Remark = tuple[str, str]
@@ -101,16 +102,17 @@ def read_config(source: str, overrides: list[str], file: Path | None = None) -> 
     return validate(DataConfig, apply_overrides({**fields, said: source}, overrides), "data")
 
 
-def require_words_used(overrides: list[str], *, prepares: bool, describes: bool) -> None:
+def require_words_used(overrides: list[str], *, prepares: bool, describes: bool, codes: bool = False) -> None:
     """Raises UserError naming a field of the command line that has no effect on preparing, describing or neither.
 
-    Those of a recipe are for training, too, and may be any.
+    Those of a recipe are for training, too, and may be any. `codes`: those of the images are made.
     """
-    used = set(DataConfig.model_fields) - LOADING if prepares or describes else set()
-    doing = "preparing" if prepares else "describing" if describes else "verifying"
+    used = set(DataConfig.model_fields) - LOADING if prepares or describes or codes else set()
+    used |= ({"binarize"} if describes else set()) | ({"binarize", "flip", "batch", "workers"} if codes else set())
+    doing = "preparing" if prepares else "making codes" if codes else "describing" if describes else "verifying"
     for override in overrides:
         field = override.partition("=")[0]
-        if field in DataConfig.model_fields and field not in used | ({"binarize"} if describes else set()):
+        if field in DataConfig.model_fields and field not in used:
             raise UserError(f"{field}: has no effect on {doing}; leave it out (found {override})")
 
 
@@ -144,7 +146,7 @@ def prepare(
         splits={split: part.model_copy(update=_facts(sources[split])) for split, part in contents.items()},
         unread=unread_note([*found.unread, *dict.fromkeys(n for source in sources.values() for n in source.unread)]),
     )
-    with _told(out / INDEX):
+    with told(out / INDEX):
         _tidy(out, index)
         write_index(out, index)
     return index
@@ -224,7 +226,7 @@ def _claim(out: Path) -> None:
     foreign = [entry.name for entry in entries if not OURS.fullmatch(entry.name)]
     if foreign:
         raise UserError(f"{out}: holds other things, as '{min(foreign)}'; choose a new or an empty folder")
-    with _told(out):
+    with told(out):
         for entry in entries:
             if entry.name.startswith("."):
                 entry.unlink()
@@ -246,7 +248,7 @@ def _jobs(
 def _tidy(out: Path, index: Index) -> None:
     """Removes shards of an earlier, unfinished preparation that are not part of this one."""
     kept = {shard.file for contents in index.splits.values() for shard in contents.shards}
-    for path in out.glob("*.safetensors"):
+    for path in out.glob(f"*{NUMBER}.safetensors"):
         if path.name not in kept:
             path.unlink()
 
@@ -279,7 +281,7 @@ def _write(job: Job) -> tuple[Shard, Remarks]:
     if done is None:
         records, remarks = _records(job)
         metadata = {"made": json.dumps({"key": job.key, **asdict(remarks)})}  # one entry: their order is random
-        with _told(job.path):
+        with told(job.path):
             write_shard(job.path, records, metadata)
         done = ShardFile(job.path)
     made = _made(done)
@@ -324,7 +326,7 @@ def _records(job: Job) -> tuple[list[Record], Remarks]:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told(path: Path) -> Iterator[None]:
     """Says in one line that a file can't be written."""
     try:
         yield

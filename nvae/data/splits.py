@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -16,8 +17,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 SPELLINGS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
 T = TypeVar("T")
 
@@ -101,12 +102,15 @@ def list_files(folder: Path) -> dict[Split, Path]:
 def listed(files: Mapping[Split, Path], wanted: Split) -> list[str]:
     """The names in the list file of a split, without blank lines.
 
-    Raises UserError where the list can't be read, is empty, or names training images for testing.
+    Raises UserError where the list can't be read, is empty, or names images twice or training images for testing.
     """
     path = choose(files, wanted, next(iter(files.values())).parent)
     names = _lines(path)
     if not names:
         raise UserError(f"data.lists: {path} names no images")
+    twice = [name for name, count in Counter(map(spelling_key, names)).items() if count > 1]
+    if twice:
+        raise UserError(f"data.lists: {path} names {len(twice)} images more than once, as {printable(min(twice))}")
     if wanted != "train" and "train" in files:
         trained_on = set(map(spelling_key, _lines(files["train"])))
         shared = [name for name in names if spelling_key(name) in trained_on]

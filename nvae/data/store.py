@@ -42,6 +42,8 @@ from .splits import Split, choose
 FORMAT = "nvae-images"
 VERSION = 1
 INDEX = "store.json"
+NUMBER = "-" + 5 * "[0-9]"
+"""How the name of a file of images ends, as a pattern."""
 Encoding = Literal["webp", "raw"]
 
 
@@ -230,7 +232,7 @@ def is_store(path: Path) -> bool:
     """True for the folder of a finished store. Raises UserError for one whose preparation was not finished."""
     if (path / INDEX).is_file():
         return True
-    if path.is_dir() and any(path.glob("*-[0-9][0-9][0-9][0-9][0-9].safetensors")):
+    if path.is_dir() and any(path.glob(f"*{NUMBER}.safetensors")):
         raise UserError(f"data.path: {path} is a store whose preparation did not finish; run prepare_data.py again")
     return False
 

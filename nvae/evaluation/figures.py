@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bricks.likelihoods import LIKELIHOODS
-from ..models.base import ModelConfig
+from ..models.config import ModelConfig
 
 ACTIVE = 0.1
 """A latent channel whose mean KL over the images is above this many nats is active (spec §6)."""
@@ -132,6 +132,19 @@ class Evaluation:
         errors = torch.stack([figures.reconstruction / dims for figures in self.draws])
         return {"squared_error": Estimate.of(errors), "kl": self.estimates()["kl"]}
 
+    def codebooks(self) -> dict[str, list[float]]:
+        """Of each level of codes nats a code and the perplexity of their use; empty where latents are no codes."""
+        counts = self.draws[0].codes
+        if counts is None:
+            return {}
+        of_an_image = counts.sum(1) / (self.images * max(self.draws[0].bounds, default=1))
+        nats = torch.stack([figures.kl.mean(0) for figures in self.draws]).mean(0)
+        p = counts / counts.sum(1, keepdim=True)
+        return {
+            "nats_per_code": (nats / of_an_image).tolist(),
+            "perplexity": torch.special.entr(p).sum(1).exp().tolist(),
+        }
+
     def entry(self, config: ModelConfig) -> dict[str, Any]:
         """What `results.json` keeps: every estimate in nats and bits/dim, KL and active units by group."""
         dims, likelihood = dims_of(config), LIKELIHOODS[config.likelihood.kind]
@@ -151,6 +164,8 @@ class Evaluation:
             "likelihood": config.likelihood.model_dump(mode="json"),
             "sums_to_one": config.likelihood.sums_to_one,
             "is_density": likelihood.is_density,
+            **({"codebooks": codebooks} if (codebooks := self.codebooks()) else {}),
+            "classes": config.classes,
         }
 
 

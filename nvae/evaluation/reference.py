@@ -88,6 +88,11 @@ def has_bound(entry: Mapping[str, Any]) -> bool:
     return "nelbo" in entry["estimates"]
 
 
+def density_of(entry: Mapping[str, Any]) -> str:
+    """What is bounded: the probability of an image, or of one whose class is given."""
+    return "p(x | class)" if entry.get("classes") else "p(x)"
+
+
 def best_bound(entry: Mapping[str, Any]) -> Mapping[str, float]:
     """The tightest bound of an entry: with most importance samples, or the negative ELBO for a single one."""
     estimates: Mapping[str, Mapping[str, float]] = entry["estimates"]
@@ -128,6 +133,8 @@ def reservations(entry: Mapping[str, Any]) -> list[str]:
             "a squared error is no likelihood: rate and distortion are figures of their own, without a sum and without "
             "bits/dim of an image",
         ]
+    if entry.get("classes"):
+        found.append("the model is told the class of every image that has one, models of p(x) are not")
     if entry.get("density") == "none":
         found.append("this family gives no bound on the likelihood: the figures are its reconstruction and code length")
     if entry["is_density"]:

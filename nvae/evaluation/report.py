@@ -18,8 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from .reference import beside_published, has_bound, reservations, value_in
-from .results import label_of
+from .reference import beside_published, density_of, has_bound, reservations, value_in
+from .results import CODE_HEADER, code_rows, in_percent, label_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
 INK = "#010203"
@@ -67,10 +67,14 @@ class Page:
     """Evaluations of results.json."""
     qualities: Sequence[Mapping[str, Any]] = ()
     """Sample qualities of results.json."""
+    scores: Sequence[Mapping[str, Any]] = ()
+    """What classifiers say, of results.json."""
     charts: Sequence[Chart] = ()
     kl_per_group: Sequence[float] = ()
     """Nats, top-down."""
     active_units: Sequence[float] = ()
+    units: str = "latent channels whose KL is above 0.1 nats"
+    """What is counted as active."""
     samples: Sequence[Picture] = ()
     strips: Sequence[Picture] = ()
     config: str = ""
@@ -79,9 +83,11 @@ class Page:
 def render(page: Page) -> str:
     """The page as HTML."""
     sections = {
-        "Results": "".join(_results(entry) for entry in page.entries) + _qualities(page.qualities),
+        "Results": "".join(_results(entry) for entry in page.entries)
+        + _qualities(page.qualities)
+        + _scores(page.scores),
         "Training": _cards(_chart(chart) for chart in page.charts),
-        "Latents": _latents(page.kl_per_group, page.active_units),
+        "Latents": _latents(page.kl_per_group, page.active_units, page.units),
         "Samples": _cards(_picture(picture) for picture in page.samples),
         "Reconstructions and interpolations": "".join(_picture(picture, "strip") for picture in page.strips),
         "Config": f"<pre>{_text(page.config)}</pre>" if page.config else "",
@@ -121,9 +127,11 @@ def _results(entry: Mapping[str, Any]) -> str:
             value, error = value_in(unit, estimate)
             cells.append(f"{value:.{digits}f} ± {error:.{digits}f}")
         rows.append(("", cells))
-    what = "−log p(x) is at most" if has_bound(entry) else "Distortion and rate"
+    what = f"−log {density_of(entry)} is at most" if has_bound(entry) else "Distortion and rate"
     caption = f"{what}, ± standard error over images; {about}; {of}"
-    return _table(caption, ("", "nats", "bits/dim"), rows) + _beside_published(entry)
+    of_codes = [("", row) for row in code_rows(entry)]
+    codes = _table("Codes, level by level from the top", CODE_HEADER, of_codes) if of_codes else ""
+    return _table(caption, ("", "nats", "bits/dim"), rows) + codes + _beside_published(entry)
 
 
 def _beside_published(entry: Mapping[str, Any]) -> str:
@@ -148,6 +156,20 @@ def _qualities(entries: Sequence[Mapping[str, Any]]) -> str:
         rows.append(("", [f"temperature {at}, {entry['samples']} samples", *numbers]))
     header = ("", "FID", "KID", "Inception score", "precision", "recall")
     return _table("Samples against the training set", header, rows) if rows else ""
+
+
+def _scores(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for entry in entries:
+        at = ", ".join(f"{value:g}" for value in entry["temperature"])
+        guided = f", guidance {entry['guidance']:g}" if entry["guidance"] else ""
+        accuracies = [in_percent(accuracy, entry["test_images"]) for accuracy in entry["accuracy"].values()]
+        agreement = in_percent(entry["agreement"], entry["samples"])
+        rows.append(("", [f"temperature {at}{guided}, {entry['samples']} samples", *accuracies, agreement]))
+    if not rows:
+        return ""
+    caption = f"Accuracy on {entries[0]['test_images']} test images of classifiers, by what they were trained on"
+    return _table(caption, ("", *entries[0]["accuracy"], "samples taken for their class"), rows)
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -179,8 +201,8 @@ def _chart(chart: Chart) -> str:
     return f'<div class="card">{title}<ul class="legend">{legend}</ul>{_svg(draw, chart.title)}</div>'
 
 
-def _latents(kl: Sequence[float], active: Sequence[float]) -> str:
-    """KL of each group, and how many of its latent channels are in use (the paper's figure 5b)."""
+def _latents(kl: Sequence[float], active: Sequence[float], units: str) -> str:
+    """KL of each group, and how many of its latent channels or codes are in use (the paper's figure 5b)."""
     if not kl:
         return ""
 
@@ -195,8 +217,8 @@ def _latents(kl: Sequence[float], active: Sequence[float]) -> str:
 
     cards = [f'<div class="card"><h3>KL of each group</h3>{_svg(bars(kl, 0, "nats"), "KL of each group")}</div>']
     if active:
-        title = "Active units of each group (KL above 0.1 nats)"
-        cards.append(f'<div class="card"><h3>{title}</h3>{_svg(bars(active, 1, "latent channels"), title)}</div>')
+        title = f"Active units of each group: {units}"
+        cards.append(f'<div class="card"><h3>{title}</h3>{_svg(bars(active, 1, "active units"), title)}</div>')
     return _cards(cards)
 
 

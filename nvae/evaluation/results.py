@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import sys
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..core.distributed import barrier, from_rank_zero, rank
 from ..core.errors import UserError
 from ..core.files import atomic_file, lock, require_writable
-from ..models.base import Family
-from .reference import beside_published, has_bound, reservations, value_in
+from .reference import beside_published, density_of, has_bound, reservations, value_in
 
 
-def fingerprint(model: Family[Any]) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Sixteen digits that tell one set of weights from another: SHA-256 of every tensor, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -120,10 +121,10 @@ def label_of(name: str) -> str:
 
 def _estimates(entry: Mapping[str, Any]) -> list[str]:
     draws = f", mean of {entry['draws']} test draws" if entry["draws"] > 1 else ""
-    header = "−log p(x) is at most" if has_bound(entry) else "no bound on log p(x)"
+    header = f"−log {density_of(entry)} is at most" if has_bound(entry) else "no bound on log p(x)"
     lines = [
         f"{entry['data']} {entry['split']}, {entry['images']} images{draws}, {entry['weights']} weights",
-        f"{header:<22}{'nats':>12}{'± s.e.':>10}{'bits/dim':>11}{'± s.e.':>9}",
+        f"{header:<30}{'nats':>4}{'± s.e.':>10}{'bits/dim':>11}{'± s.e.':>9}",
     ]
     for name, estimate in entry["estimates"].items():
         if name == "squared_error":
@@ -137,7 +138,24 @@ def _estimates(entry: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def code_rows(entry: Mapping[str, Any]) -> list[list[str]]:
+    """Level, rate, nats a code, codes in use and perplexity of each level of codes; empty where latents are none."""
+    if "codebooks" not in entry:
+        return []
+    found, used = entry["codebooks"], entry["active_units_per_group"]
+    columns = zip(entry["kl_per_group"], found["nats_per_code"], used, found["perplexity"], strict=True)
+    return [[f"{g}", f"{kl:.3f}", f"{nats:.4f}", f"{n}", f"{p:.1f}"] for g, (kl, nats, n, p) in enumerate(columns)]
+
+
+CODE_HEADER = ("level of codes", "rate, nats", "nats a code", "codes in use", "perplexity")
+
+
 def _groups(entry: Mapping[str, Any]) -> list[str]:
+    if rows := code_rows(entry):
+        return [
+            "".join(f"{cell:<14}" if not i else f"{cell:>14}" for i, cell in enumerate(row))
+            for row in [CODE_HEADER, *rows]
+        ]
     lines = [f"{'latent group':<14}{'KL, nats':>9}{'active units':>14}"]
     groups = zip(entry["kl_per_group"], entry["active_units_per_group"], strict=True)
     lines += [f"{g:<14}{kl:>9.3f}{active:>14}" for g, (kl, active) in enumerate(groups)]
@@ -171,3 +189,28 @@ def quality_table(entry: Mapping[str, Any]) -> str:
             f"precision, recall  {found['precision']:.3f}, {found['recall']:.3f}",
         ]
     )
+
+
+def scores_table(entry: Mapping[str, Any]) -> str:
+    """An entry of what classifiers say as text."""
+    temperature = ", ".join(f"{value:g}" for value in entry["temperature"])
+    guidance = f", guidance {entry['guidance']:g}" if entry["guidance"] else ""
+    lines = [
+        f"{entry['data']}, {entry['samples']} samples at temperature {temperature}{guidance}, seed {entry['seed']}",
+        f"top-1 accuracy on {entry['test_images']} test images of classifiers trained on",
+    ]
+    for name, accuracy in entry["accuracy"].items():
+        lines.append(f"{entry['training_images'][name]:>8} {name:<18}{in_percent(accuracy, entry['test_images'])}")
+    worst = min(entry["agreement_by_class"], key=entry["agreement_by_class"].__getitem__)
+    return "\n".join(
+        [
+            *lines,
+            f"the one of real images takes {in_percent(entry['agreement'], entry['samples'])} of the samples for their "
+            f"class, fewest of class {worst}: {100 * entry['agreement_by_class'][worst]:.1f} %",
+        ]
+    )
+
+
+def in_percent(fraction: float, count: int) -> str:
+    """A fraction of so many with its standard error."""
+    return f"{100 * fraction:.1f} ± {100 * math.sqrt(fraction * (1 - fraction) / count):.1f} %"

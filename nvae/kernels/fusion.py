@@ -33,6 +33,8 @@ WORTH_SECONDS = 2**19
 KINDS_OF_CALLS = 256
 """How many kinds of calls (sizes, types, modes) one function may be compiled for; one more is an error, never a silent
 return to uncompiled code."""
+ANY_SIZE = ("cpu",)
+"""Devices where one kernel may serve all sizes."""
 SMALL = 8
 """Rows and columns of the images that kernels are compared on."""
 
@@ -76,13 +78,15 @@ def fused(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compiles a function of tensors at its first call on a device that has a compiler; the first argument decides.
 
-    `dynamic`: one kernel for all sizes, else one for each; `least`: the number of elements from which on it is worth
-    making (None: `WORTH_COMPILING`); `small` makes of a call's arguments the small ones that the kernel is compared on.
+    `dynamic`: one kernel for all sizes, else one for each; on a GPU always one for each, where threads read several
+    numbers at once only if sizes are known; `least`: the number of elements from which on it is worth making (None:
+    `WORTH_COMPILING`); `small` makes of a call's arguments the small ones that the kernel is compared on.
     The function modifies no argument and passes no gradient.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+        of_one_size = torch.compile(function, fullgraph=True, dynamic=False)
+        of_any_size = torch.compile(function, fullgraph=True, dynamic=True) if dynamic else of_one_size
         name = f"{function.__module__.removeprefix('nvae.')}.{function.__name__}"
         met: set[Any] = set()  # kinds of calls that surely compile nothing
         sound: dict[tuple[torch.device, torch.dtype], bool] = {}
@@ -103,17 +107,20 @@ def fused(
             kind = (torch.get_num_threads(), torch.is_autocast_enabled(), *map(_kind, args))
             if kind in met:
                 try:
-                    return compiled(*args, **kwargs)
+                    return compiled(args[0])(*args, **kwargs)
                 except LIMIT_HIT:  # somebody has emptied the compiler's memory
                     met.clear()
             result = made(*args, **kwargs)
             met.add(kind)
             return result
 
+        def compiled(x: Any) -> Callable[P, R]:
+            return of_any_size if x.device.type in ANY_SIZE else of_one_size
+
         def made(*args: Any, **kwargs: Any) -> R:
             """Sizes that happen to be equal are no reason for a kernel of its own."""
             with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                return compiled(*args, **kwargs)
+                return compiled(args[0])(*args, **kwargs)
 
         def judged(args: Call, device: torch.device, dtype: torch.dtype) -> bool:
             """Compiled for the call itself first: sizes as they come decide how a kernel is made."""

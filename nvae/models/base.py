@@ -5,21 +5,21 @@ Shapes: B batch, C image channels, H W space, G latent groups (top-down), L late
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..bricks.images import require_images
 from ..bricks.inference import for_inference
+from ..bricks.labels import UNKNOWN
 from ..bricks.latents import Draw, Normal
-from ..bricks.likelihoods import Likelihood, LikelihoodConfig
-from ..core.config import Config
+from ..bricks.likelihoods import Likelihood
 from ..core.errors import UserError
+from .config import ModelConfig
 
 Density = Literal["exact", "bound", "point", "none"]
 LatentKind = Literal["normal", "discrete"]
@@ -27,50 +27,6 @@ Recomputation = Literal["none", "activations", "cells"]
 Temperature = float | Sequence[float]
 Noise = Sequence[Tensor]
 Metrics = dict[str, Tensor]
-
-
-class ModelConfig(Config):
-    takes_squared_error: ClassVar[bool] = False
-    """Whether the family makes sense without a likelihood."""
-
-    family: str
-    """Which family of models: `nvae`, or `package.module:Class` for one of your own."""
-    image_size: int = Field(32, ge=1, le=65_536)
-    """Height and width of the model's input in pixels, padding included."""
-    image_channels: Literal[1, 3] = 3
-    """1 for grey or binary images, 3 for RGB."""
-    classes: int = Field(0, ge=0, le=2**20)
-    """Classes that an image may be said to be of, numbered from 0. 0: the model takes no labels."""
-    likelihood: LikelihoodConfig = LikelihoodConfig()
-
-    @model_validator(mode="after")
-    def _likelihood_fits(self) -> Self:
-        if self.likelihood.kind == "bernoulli" and self.image_channels != 1:
-            raise ValueError("likelihood.kind: bernoulli is for one-channel images, image_channels is 3")
-        if self.likelihood.kind == "normal" and self.image_channels != 3:
-            raise ValueError("likelihood.kind: normal is for RGB images, image_channels is 1")
-        if self.likelihood.kind == "squared_error" and not self.takes_squared_error:
-            raise ValueError(f"likelihood.kind: squared_error is no likelihood, which family {self.family} needs")
-        if 2 * self.likelihood.border >= self.image_size:
-            raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
-        return self
-
-    def with_likelihood(self, **fields: Any) -> Self:
-        """The same model with some fields of its likelihood changed."""
-        return self.model_copy(update={"likelihood": self.likelihood.model_copy(update=fields)})
-
-    def continuing(self, saved: "ModelConfig") -> Self:
-        """The config of a run that goes on from weights whose config is `saved`: what is left open now is as it was."""
-        return self
-
-    @property
-    def foundation(self) -> str | None:
-        """A run or checkpoint whose model becomes a part of this one when a run begins; None where there is none."""
-        return None
-
-    def built_on(self, source: "ModelConfig") -> Self:
-        """The config once that model's is known, to be kept. Raises UserError where they don't fit."""
-        return self
 
 
 # ------------------------------------------------------------------------------------------------ what families give
@@ -215,13 +171,18 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     """A hierarchical VAE.
 
     `noise` is one standard-normal tensor per group, top-down; None draws fresh ones. Discrete latents are drawn by it
-    through its distribution function. `labels` are (B,) int64 classes, −1 where unknown; None knows none.
+    through its distribution function. `labels` are (B,) int64 classes, −1 where unknown; None: all are.
     """
 
     config_type: ClassVar[type[ModelConfig]]
     """The family's own config."""
+    takes_codes: ClassVar[bool] = False
+    """Whether `forward` takes the `codes` of its images, where they are kept: (B, S) int64, those of all groups,
+    top-down, each in raster order."""
     latent_kind: ClassVar[LatentKind] = "normal"
     """Normal latents have μ, σ and a noise of their own in `Output`; discrete ones are indices."""
+    guidance: float = 0.0
+    """How far samples of a class go away from those of none."""
     codes: int = 0
     """How many values a discrete latent may have; 0 where they are Normal, or where that is nobody's business."""
     density: Density = "bound"
@@ -277,6 +238,19 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """The shape of each group's noise for n images, which is that of its z, top-down."""
 
+    # -------------------------------------------------------------------------------------------------- kept codes
+
+    def coding(self) -> str:
+        """Sixteen digits that tell what decides an image's codes from other weights, where these can be kept.
+
+        Raises UserError, saying why, where an image has none or not always the same.
+        """
+        raise UserError(f"{type(self).__name__}: its latents are no codes that could be kept")
+
+    def codes_of(self, x: Tensor) -> list[Tensor]:
+        """Those of images (B, C, H, W) in [0, 1]: (B, h, w) int64 of each group, top-down."""
+        raise NotImplementedError
+
     # ----------------------------------------------------------------------------------------------------- training
 
     def begin(self, first: FirstImages) -> None:
@@ -288,6 +262,14 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
 
     def take_in(self, source: "Family[Any]") -> None:
         """Makes the weights of the model that the config is `built_on` a part of this one, once, before `begin`."""
+
+    @classmethod
+    def joined(cls, parts: "Mapping[str, Family[Any]]") -> "Family[Any]":
+        """One model of parts of this family that were trained apart, by the names that messages give them.
+
+        Raises UserError for a family that is not trained in parts, and for parts that do not fit together.
+        """
+        raise UserError(f"{next(iter(parts))}: a {cls.__name__} is not trained in parts that could be joined")
 
     @abstractmethod
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
@@ -316,6 +298,14 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         """What the backward pass computes again instead of keeping it. Raises UserError where a mode is not offered."""
         if mode != "none":
             raise UserError(f"train.recompute: {type(self).__name__} offers none, found '{mode}'")
+
+    def set_guidance(self, guidance: float) -> None:
+        """How far samples of a class go away from those of none, from 0 on. Raises UserError where none is offered."""
+        if guidance:
+            why = "has none"
+            if self.latent_kind == "normal":
+                why = "has none: of Normal latents, p(z | class)^(1 + w) / p(z)^w need not be a distribution"
+            raise UserError(f"guidance: {type(self).__name__} {why}; found {guidance:g}, allowed is 0")
 
     def parts(self) -> Iterable[nn.Module]:
         """The modules that its depth is made of, to be compiled one by one; those of a kind share their code."""
@@ -354,13 +344,26 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         require_images(images, self.config.image_channels, self.config.image_size, like=next(self.parameters()))
 
     def check_labels(self, labels: Tensor | None, n: int) -> None:
-        """Raises UserError for labels of a model that takes none, or of another number than n images."""
+        """Raises UserError for labels of a model that takes none, and for any but (n,) int64 classes or −1.
+
+        Classes on a GPU are looked at in eval mode only: training, which knows those of its images, would wait for it.
+        """
         if labels is None:
             return
         if self.config.classes == 0:
             raise UserError(f"labels: this {type(self).__name__} takes none, its model.classes is 0")
         if labels.shape != (n,):
             raise UserError(f"labels: {n} images take ({n},), found {tuple(labels.shape)}")
+        if labels.dtype != torch.int64:
+            raise UserError(f"labels: classes are int64, found {labels.dtype}")
+        if self.training and labels.device.type != "cpu":
+            return
+        wrong = labels[(labels < UNKNOWN) | (labels >= self.config.classes)]
+        if len(wrong):
+            raise UserError(
+                f"labels: found class {int(wrong[0])}, but model.classes is {self.config.classes}: allowed are 0 to "
+                f"{self.config.classes - 1}, and {UNKNOWN} where unknown"
+            )
 
 
 def temperatures(temperature: Temperature, groups: int) -> list[float]:

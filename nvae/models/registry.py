@@ -5,7 +5,8 @@ from typing import Any
 
 from ..core.config import nearest
 from ..core.errors import UserError
-from .base import Family, ModelConfig
+from .base import Family
+from .config import ModelConfig
 
 FAMILIES = {
     "nvae": "nvae.models.nvae.model:NVAE",

@@ -1,6 +1,7 @@
 """Images from the prior: temperatures, keyed noise, batch-norm re-adjustment (spec §7).
 
-Image number i is drawn from (seed, i) alone: it is the same picture whatever the batch size and the number of ranks.
+Image number i is drawn from (seed, i), and from its class where it has one, alone: it is the same picture whatever the
+batch size and the number of ranks.
 
 Shapes: n or B images, C channels, H W space without the border that is padding, G latent groups (top-down).
 """
@@ -58,16 +59,18 @@ def sample_images(
     indices: Sequence[int],
     temperature: Temperature = 1.0,
     *,
+    classes: Sequence[int] | None = None,
     seed: int = 0,
     pixels: Pixels = "mean",
 ) -> Tensor:
-    """The samples of these numbers, (n, C, H, W) in [0, 1].
+    """The samples of these numbers, (n, C, H, W) in [0, 1], each of its class if there are `classes` (−1: of none).
 
     `pixels`: the mean image of p(x | z), or a draw from it (at temperature 1; the latents' is `temperature`).
     """
     device = next(model.parameters()).device
     noise = keyed_normal(model.latent_shapes(len(indices)), indices, seed, "sample", device)
-    likelihood = model.sample(len(indices), temperature, noise)
+    labels = None if classes is None else torch.tensor(classes, dtype=torch.int64, device=device)
+    likelihood = model.sample(len(indices), temperature, noise, labels=labels)
     return pixels_of(likelihood, indices, seed=seed, pixels=pixels)
 
 
@@ -81,20 +84,26 @@ def pixels_of(likelihood: Likelihood, indices: Sequence[int], *, seed: int = 0, 
 
 def sample_batches(
     model: Family[Any],
-    count: int,
+    numbers: Sequence[int],
     temperature: Temperature = 1.0,
     *,
+    classes: Sequence[int] | None = None,
     seed: int = 0,
     batch: int = 16,
     pixels: Pixels = "mean",
     precision: Precision = "fp32",
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """The samples numbered below `count`, this rank's share in batches: numbers, and what `sample_images` gives."""
+    """The samples of these numbers, this rank's share in batches: numbers, and what `sample_images` gives.
+
+    `classes` are one for each number.
+    """
     device = next(model.parameters()).device
-    for numbers in tqdm(list(shares(count, batch)), "sampling", unit="batch", disable=rank() != 0):
+    for places in tqdm(list(shares(len(numbers), batch)), "sampling", unit="batch", disable=rank() != 0):
+        chosen = [numbers[place] for place in places]
+        of = None if classes is None else [classes[place] for place in places]
         with autocast(device, precision):
-            images = sample_images(model, numbers, temperature, seed=seed, pixels=pixels)
-        yield numbers, images
+            images = sample_images(model, chosen, temperature, classes=of, seed=seed, pixels=pixels)
+        yield chosen, images
 
 
 def shares(count: int, batch: int) -> Iterator[list[int]]:

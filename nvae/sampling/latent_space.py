@@ -20,7 +20,7 @@ from ..core.errors import UserError
 from ..core.precision import in_float64
 from ..core.randomness import keyed_normal
 from ..data.loading import Batch
-from ..models.base import Family, Temperature
+from ..models.base import Family, Features, Temperature
 from .images import pixels_of
 
 
@@ -42,8 +42,10 @@ class Code:
 
 
 @torch.no_grad()
-def encode(model: Family[Any], images: Tensor, *, seed: int = 0) -> Code:
+def encode(model: Family[Any], images: Tensor, *, labels: Tensor | None = None, seed: int = 0) -> Code:
     """The code of images (B, C, H, W) in [0, 1], drawn from the posterior with noise keyed on (seed, row).
+
+    `labels` are their classes, (B,) int64, if the model takes any.
 
     Raises UserError for other images, as for 0 … 255, and for a family whose latents are not Normal.
     """
@@ -53,13 +55,19 @@ def encode(model: Family[Any], images: Tensor, *, seed: int = 0) -> Code:
         )
     model.check_images(images)
     noise = keyed_normal(model.latent_shapes(len(images)), range(len(images)), seed, "encode", images.device)
-    output = model.decode(model.encode(images), noise=noise)
+    output = model.decode(encoded(model, images, labels), noise=noise)
     return Code(output.z, output.posterior, output.prior)
 
 
 @torch.no_grad()
 def decode(
-    model: Family[Any], z: Sequence[Tensor], *, temperature: Temperature = 1.0, seed: int = 0, count: int | None = None
+    model: Family[Any],
+    z: Sequence[Tensor],
+    *,
+    labels: Tensor | None = None,
+    temperature: Temperature = 1.0,
+    seed: int = 0,
+    count: int | None = None,
 ) -> Tensor:
     """Mean images (B, C, H, W) of the first groups' latents; groups not given are drawn from the prior.
 
@@ -69,13 +77,14 @@ def decode(
     assert batch is not None
     device = next(model.parameters()).device
     noise = keyed_normal(model.latent_shapes(batch), range(batch), seed, "decode", device)
-    return pixels_of(model.sample(batch, temperature, noise, latents=z), range(batch))
+    return pixels_of(model.sample(batch, temperature, noise, latents=z, labels=labels), range(batch))
 
 
 def reconstruct(
     model: Family[Any],
     images: Tensor,
     *,
+    labels: Tensor | None = None,
     groups: int | None = None,
     temperature: Temperature = 1.0,
     seed: int = 0,
@@ -90,8 +99,13 @@ def reconstruct(
         raise UserError(f"groups: the model has {total} latent groups, found {groups}")
     noise = keyed_normal(model.latent_shapes(len(images)), range(len(images)), seed, "encode", images.device)
     with torch.no_grad():
-        z = model.decode(model.encode(images), noise=noise).z
-    return decode(model, z[:groups], temperature=temperature, seed=seed, count=len(images))
+        z = model.decode(encoded(model, images, labels), noise=noise).z
+    return decode(model, z[:groups], labels=labels, temperature=temperature, seed=seed, count=len(images))
+
+
+def encoded(model: Family[Any], images: Tensor, labels: Tensor | None) -> Features:
+    """The features of images, and of their classes if there are any: a family without labels need not know of them."""
+    return model.encode(images) if labels is None else model.encode(images, labels)
 
 
 @torch.no_grad()

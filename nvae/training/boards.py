@@ -138,7 +138,7 @@ def wandb_module(mode: Wandb) -> Any:
             f"train.wandb: {mode} needs the package wandb ({error}): pip install wandb, which is what the extra "
             '"nvae[wandb]" adds, or leave the field out'
         ) from error
-    if mode == "online" and not wandb.api.api_key:
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
         raise UserError("train.wandb: online needs an account: run `wandb login` first, or take offline")
     return wandb
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ..core.config import Config, apply_overrides, read_yaml, validate
 from ..data.config import DataConfig
-from ..models.base import ModelConfig
+from ..models.config import ModelConfig
 from ..models.registry import family
 from .optim import OptimConfig
 from .trainer import TrainConfig

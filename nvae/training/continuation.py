@@ -9,7 +9,9 @@ from ..core.distributed import from_rank_zero, rank
 from ..core.errors import UserError
 from ..data.config import DataConfig
 
-FREE = ("name", "allow_changes", "data.path", "data.batch", "data.workers", "data.memory", "train.")
+FREE = (
+    "name", "allow_changes", "data.path", "data.batch", "data.workers", "data.memory", "data.stored_codes", "train."
+)  # fmt: skip
 """Fields, and beginnings of fields, that a continued run may change: none alters what is trained."""
 BOUND = ("train.epochs", "train.steps")
 """Exceptions: schedules follow from the length of training."""

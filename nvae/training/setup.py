@@ -1,6 +1,7 @@
 """From a config to a trainer: data, model, optimiser and schedule, where the newest checkpoint left them."""
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,14 @@ from ..core.config import flat, refuse_idle
 from ..core.distributed import check_same, rank, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision, computed_in
+from ..data.codes import StoredCodes
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
+from ..evaluation.bounds import check_samples
 from ..kernels.fusion import compile_each
 from ..kernels.operations import settle, use
-from ..models.base import Family, ModelConfig
+from ..models.base import Family
+from ..models.config import ModelConfig
 from ..models.registry import build
 from .beginning import begin
 from .config import AnyRunConfig, run_config
@@ -60,6 +64,7 @@ def ready(
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
     data, seed = config.data, config.seed
     images, held_out = open_images(data, "train"), open_images(data, "validation")
+    require_classes(images.labels, held_out.labels, config.model.classes)
     content = content_of({"train": images, "validation": held_out})
     source = _source(config) if saved is None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
@@ -70,19 +75,18 @@ def ready(
     if saved is not None:
         notes += changed_images(content_in(folder.path), content, allowed=config.allow_changes)
 
-    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size())
-    schedule = _schedule(config.optim, config.train, images_per_update(config), stream.epoch_size)
-    state, warm = _state(config, device, precision), list[str]()
-    if saved is not None:
-        with naming_fields(folder.checkpoints, notes):
-            state.load_state_dict(saved)
-    elif source is not None:
-        warm = start_from(source, state)
+    schedule = _schedule(config.optim, config.train, images_per_update(config), len(images))
+    state = _state(config, device, precision)
+    with naming_fields(folder.checkpoints, notes) if saved else nullcontext():
+        warm = _take_weights(state, saved, source)
     if foundation is not None:
         state.model.take_in(foundation)
     check_same(state.tensors(), device)
     if not state.begun:
         begin(state, images, data, seed)
+    check_samples(state.model, config.train.validation_samples)
+    codes = _stored_codes(config, state.model)
+    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size(), codes=codes)
     if config.train.compile:
         compile_each(list(state.model.parts()) or [state.model])
     trainer = Trainer(
@@ -116,6 +120,17 @@ def _config_in(saved: dict[str, Any]) -> AnyRunConfig:
     return run_config(saved["config"], "the checkpoint's config")
 
 
+def require_classes(labels: torch.Tensor, held_out: torch.Tensor, classes: int) -> None:
+    """Raises UserError where a model of classes would see images of others, or none of any; labels are −1 for these."""
+    if classes == 0:
+        return
+    highest = max(int(found.max()) for found in (labels, held_out))
+    if highest >= classes:
+        raise UserError(f"model.classes: is {classes}, but the images have classes up to {highest}")
+    if int(labels.max()) < 0:
+        raise UserError(f"model.classes: is {classes}, but no training image has a class")
+
+
 def images_per_update(config: AnyRunConfig) -> int:
     """As given, or batch × processes."""
     return config.data.global_batch or config.data.batch * world_size()
@@ -143,6 +158,28 @@ def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> 
         Averaged(model, config.optim.ema, model.copied()) if config.optim.ema is not None else None,
         torch.amp.GradScaler(device.type, init_scale=config.train.loss_scale, enabled=precision == "fp16"),
     )
+
+
+def _take_weights(state: TrainingState, saved: dict[str, Any] | None, source: Family[Any] | None) -> list[str]:
+    """Gives a state its run's checkpoint, or a new run another model's weights; returns what is to be said of these."""
+    if saved is not None:
+        state.load_state_dict(saved)
+        return []
+    return [] if source is None else start_from(source, state)
+
+
+def _stored_codes(config: AnyRunConfig, model: Family[Any]) -> StoredCodes | None:
+    """The codes that training takes from the store instead of making them, if it is to.
+
+    Raises UserError where the store has none that are the model's.
+    """
+    if not config.data.stored_codes:
+        return None
+    if not model.takes_codes:
+        raise UserError(f"data.stored_codes: {type(model).__name__} trains on images, not on codes; leave it out")
+    codes = StoredCodes(config.data, "train")
+    codes.require_made_by(model.coding())
+    return codes
 
 
 def _source(config: AnyRunConfig) -> Family[Any] | None:

@@ -204,8 +204,9 @@ class Trainer:
         state, indices = self.state, self.batch.indices
         noise = training_noise(self.model, indices, self.seed)
         labels = (self.batch.labels,) if self.model.config.classes else ()
+        kept = {} if self.batch.codes is None else {"codes": self.batch.codes}
         with autocast(self.device, self.precision):
-            output: Output = model(self.batch.images, noise, *labels)
+            output: Output = model(self.batch.images, noise, *labels, **kept)
         loss, metrics = self.model.loss(output, state.step / self.total_steps)
         if self._logs_at(state.step + 1):
             metrics |= group_metrics(output)

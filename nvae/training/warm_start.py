@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
-from ..models.base import Family, ModelConfig
+from ..models.base import Family
+from ..models.config import ModelConfig
 from ..models.registry import build
 from .continuation import changes, naming_fields
 from .state import TrainingState

@@ -18,8 +18,9 @@ from ..data.config import DataConfig
 from ..data.images import Images
 from ..data.loading import evaluation_batches
 from ..evaluation.bounds import evaluate_batches
-from ..evaluation.figures import ACTIVE, bits_per_dim, dims_of
-from ..models.base import Family, Metrics, ModelConfig, Output
+from ..evaluation.figures import ACTIVE, Evaluation, bits_per_dim, dims_of
+from ..models.base import Family, Metrics, Output
+from ..models.config import ModelConfig
 from ..sampling.images import TEMPERATURES
 
 
@@ -91,6 +92,8 @@ class Watcher:
         means = found.summary()
         if found.codes is not None:
             means |= {f"codes_in_use/{level:02d}": float(n) for level, n in enumerate(found.active_units)}
+            nats = Evaluation([found]).codebooks()["nats_per_code"]
+            means |= {f"nats_per_code/{level:02d}": value for level, value in enumerate(nats)}
         if not LIKELIHOODS[model.config.likelihood.kind].is_probability:
             means["squared_error"] = means.pop("reconstruction") / dims_of(model.config)
             return means | {"criterion": means.pop("nelbo")}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from counting import Operators
 from torch import Tensor
 
 from nvae.bricks.regularizers import SpectralPenalty, batch_norm_penalty
@@ -164,6 +165,16 @@ def test_the_gradient_of_the_scale_penalty_is_the_sign_of_the_largest() -> None:
     first, second = torch.autograd.grad(batch_norm_penalty(scales), scales)
     assert first.tolist() == [0, -1, 0]
     assert second.tolist() == [-1, 0]
+
+
+def test_the_scale_penalty_takes_as_many_operators_for_many_norms_as_for_few() -> None:
+    def operators(norms: int) -> int:
+        scales = [torch.randn(channels, requires_grad=True) for channels in (8, 24) for _ in range(norms)]
+        with Operators() as counted:
+            torch.autograd.grad(batch_norm_penalty(scales), scales)
+        return counted.count
+
+    assert operators(40) == operators(2)
 
 
 def test_without_batch_norms_there_is_no_scale_penalty() -> None:

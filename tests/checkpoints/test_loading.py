@@ -111,6 +111,12 @@ def test_names_of_weights_saved_from_within_a_wrapper_are_understood(
     assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
 
 
+def test_what_is_beside_the_weights_may_have_any_keys(tiny_config: Make, tmp_path: Path) -> None:
+    published = to_published(NVAE(tiny_config(image_size=32)), "cifar10") | {"scores": {0: 1.5, 1: 2.5}}
+    torch.save(published, tmp_path / "a.pt")
+    nvae.load_model(tmp_path / "a.pt", mixture_edge="published")
+
+
 def test_a_binary_published_checkpoint_has_no_edge_to_speak_of(tiny_config: Make, tmp_path: Path) -> None:
     config = tiny_config(image_size=32, image_channels=1, likelihood={"kind": "bernoulli", "border": 2})
     torch.save(to_published(NVAE(config), "mnist"), tmp_path / "a.pt")

@@ -370,7 +370,7 @@ def test_neighbours_are_of_readjusted_samples_where_asked_for(run: Path, monkeyp
             "sample neighbours --temperature 0.7 0.8",
             "--temperature: neighbours takes one, found 2; only images takes sev",
         ),
-        ("evaluate --readjust", "--readjust: has no effect on bounds, only on --fid, --report"),
+        ("evaluate --readjust", "--readjust: has no effect on bounds, only on --fid, --cas, --report"),
         (
             "evaluate --report --importance-samples 10",
             "--importance-samples: has no effect on --report, only on bounds",

@@ -68,9 +68,16 @@ def test_a_path_that_is_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
         find(DataConfig(name="mnist", path=tmp_path / "x"))
 
 
-def test_a_file_system_without_locks_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "refusal",
+    [NotImplementedError("no flock"), OSError(37, "No locks available"), OSError(95, "Operation not supported")],
+    ids=["unknown", "none left", "not supported"],
+)
+def test_a_file_system_without_locks_is_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
     def refuse(_: object) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise refusal
 
     def dataset(path: Path, download: bool) -> str:
         if not download:

@@ -47,7 +47,7 @@ def test_one_image_cannot_be_split() -> None:
         hold_out(FolderSource(Path(), ["a.png"]), 0.1, "train")
 
 
-@pytest.mark.parametrize("spelling", ["validation", "valid", "val"])
+@pytest.mark.parametrize("spelling", ["validation", "valid", "val", "dev", "Val"])
 def test_subfolders_are_splits(tmp_path: Path, spelling: str) -> None:
     image_folder(tmp_path, ["train/a.png", "train/deep/b.png", f"{spelling}/c.png", "test/d.png"])
     found = {which: split(tmp_path, which) for which in SPLITS}
@@ -121,6 +121,21 @@ def test_lists_that_share_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("b.png\n")
     with pytest.raises(UserError, match=r"share 1 images, as b\.png"):
         split(tmp_path, "test")
+
+
+def test_a_list_that_names_an_image_twice_is_refused(tmp_path: Path) -> None:
+    """It would count twice, in training or in a figure."""
+    (tmp_path / "train.txt").write_text("a.png\nb.png\n.\\a.PNG\n")
+    (tmp_path / "test.txt").write_text("c.png\n")
+    with pytest.raises(UserError, match=r"^data\.lists: .*train\.txt names 1 images more than once, as a\.png$"):
+        split(tmp_path, "train")
+
+
+def test_a_list_in_windows_1252_names_images_in_utf8(tmp_path: Path) -> None:
+    image_folder(tmp_path, ["é.png", "b.png"])
+    (tmp_path / "train.txt").write_bytes("é.png\r\n".encode("cp1252"))
+    (tmp_path / "test.txt").write_text("b.png")
+    assert split(tmp_path, "train") == ["é.png"]
 
 
 def test_an_empty_list_is_refused(tmp_path: Path) -> None:

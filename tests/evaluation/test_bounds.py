@@ -24,7 +24,7 @@ from nvae.data.images import InMemory
 from nvae.data.loading import Batch, evaluation_batches
 from nvae.evaluation.bounds import Evaluator, Parts, bounds_of, evaluate, evaluate_batches, ladder
 from nvae.evaluation.figures import Estimate, Evaluation, Figures
-from nvae.models.base import ModelConfig
+from nvae.models.config import ModelConfig
 from nvae.models.nvae.model import NVAE
 
 CASES = sorted(path.parent for path in PARITY.glob("*/checkpoint.pt"))

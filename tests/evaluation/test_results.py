@@ -183,6 +183,13 @@ def test_without_a_likelihood_there_is_an_error_and_a_rate_and_neither_bound_nor
     assert "ELBO" not in text and "published figures" not in text
 
 
+def test_bounds_of_images_whose_class_is_told_are_called_so() -> None:
+    assert "−log p(x) is at most " in table(entry_of())
+    entry = entry_of(classes=10)
+    assert "−log p(x | class) is at most " in table(entry)
+    assert any("told the class of every image" in reservation for reservation in reservations(entry))
+
+
 def test_a_comparable_figure_has_no_reservation() -> None:
     binary = {**entry_of(), "data": "mnist", "likelihood": LikelihoodConfig(kind="bernoulli").model_dump(mode="json")}
     assert reservations(binary) == []

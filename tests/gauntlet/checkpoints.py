@@ -2,7 +2,7 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -72,7 +72,12 @@ def run(case: Case) -> Result:
         wrong = use(case, family, content)
     except UserError as error:
         words = str(error)
-        named = words.startswith(str(case.folder)) or f"{checkpoints}" in words or "checkpoint" in words
+        named = (
+            words.startswith(str(case.folder))
+            or f"{checkpoints}" in words
+            or "checkpoint" in words
+            or "another config" in words
+        )
         return Result(Verdict.REFUSED if named else Verdict.BROKEN, f"{tried}: {words[:300]}")
     if wrong:
         return Result(Verdict.LET_IN, f"{tried}: {wrong[:5]}")
@@ -87,12 +92,13 @@ def _loaded(case: Case, family: str, content: dict[str, Any]) -> list[str]:
     weights = case.random.choice(("ema", "raw"))
     loaded = load_checkpoint(case.folder / family / "checkpoints" / LAST, weights=weights)
     held = content["ema"] if loaded.weights == "ema" else content["model"]
-    return differences(dict(loaded.model.state_dict()), {name: _as(held, name, loaded.model) for name in held})
+    own = dict(loaded.model.state_dict())
+    return differences(own, {name: _as(held, name, own) for name in held})
 
 
-def _as(held: dict[str, Tensor], name: str, model: Any) -> Any:
+def _as(held: dict[str, Tensor], name: str, loaded: Mapping[str, Tensor]) -> Any:
     """A saved tensor in the type that the model has it in."""
-    own, saved = model.state_dict().get(name), held[name]
+    own, saved = loaded.get(name), held[name]
     same_kind = (
         isinstance(own, Tensor) and isinstance(saved, Tensor) and own.is_floating_point() == saved.is_floating_point()
     )
@@ -128,7 +134,9 @@ def _going_on(case: Case, family: str, content: dict[str, Any]) -> tuple[Any, li
     for part in ("model", "ema", "optimiser", "skip_rule", "counters"):
         held = content.get(part)
         if part in ("counters", "skip_rule"):  # what a later version may add is passed over
-            held = {name: held.get(name) for name in state[part]} if isinstance(held, dict) else held
+            held = {name: held.get(name, state[part][name]) for name in state[part]} if isinstance(held, dict) else held
+        if part in ("model", "ema") and isinstance(held, dict):
+            held = {name: _as(held, name, state[part]) for name in held}
         wrong += differences(_plain(state[part]), _plain(held), part)
     return state["counters"]["step"], wrong
 

@@ -7,7 +7,7 @@ import torch
 from places import ROOT
 
 from nvae.commands.train import dry_run
-from nvae.models.base import ModelConfig
+from nvae.models.config import ModelConfig
 from nvae.models.registry import build
 from nvae.training.config import read_run_config
 

@@ -1,11 +1,15 @@
 """Fused passes: compiled where it pays, and never in the way of who watches operators."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
+import pytest
 import torch
 from torch._dynamo import config as dynamo
 from torch.utils.flop_counter import FlopCounterMode
 
+from nvae.kernels import fusion
 from nvae.kernels.fusion import RECOMPILE_LIMIT, WORTH_COMPILING, fused
 
 
@@ -19,6 +23,33 @@ def test_a_fused_function_runs_under_a_flop_counter() -> None:
     with FlopCounterMode(display=False) as counter:
         assert torch.equal(product(x), x @ x)
     assert counter.get_total_flops() == 2 * 2 * side**3
+
+
+@pytest.mark.parametrize(("devices", "kernels"), [(("cpu",), 1), ((), 2)], ids=["cpu", "elsewhere"])
+def test_one_kernel_serves_all_sizes_on_a_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...], kernels: int
+) -> None:
+    monkeypatch.setattr(fusion, "ANY_SIZE", devices)
+    made: list[object] = []
+
+    def noted(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=noted))
+    torch._dynamo.reset()
+
+    @fused(dynamic=True, least=0)
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    monkeypatch.setattr(fusion, "verdict", lambda *_: fusion.SOUND)  # nothing is compared, which would count as well
+    with torch.no_grad():
+        for size in (16, 32):
+            x = torch.randn(1, 1, 4, size)
+            assert torch.equal(doubled(x), 2 * x)
+    assert len(made) == kernels
+    torch._dynamo.reset()
 
 
 def test_a_view_is_a_kind_of_call_of_its_own() -> None:

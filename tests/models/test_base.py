@@ -16,6 +16,7 @@ from nvae.models.nvae.config import NVAEConfig
 from nvae.models.nvae.model import NVAE
 from nvae.models.vdvae.config import VDVAEConfig
 from nvae.models.vdvae.model import VDVAE
+from nvae.models.vqvae.config import VQVAEConfig
 
 VERY_DEEP = {"image_size": 8, "width": 8, "encoder": "8d8,1x1", "decoder": "1x1,8m1", "input_mean": 1, "input_std": 1}
 
@@ -44,10 +45,15 @@ def test_labels_are_refused_by_a_model_without_classes(model: Family[Any]) -> No
             call()
 
 
-@pytest.mark.parametrize("config_type", [NVAEConfig, VDVAEConfig])
-def test_classes_are_refused_by_a_family_that_takes_no_labels(config_type: Any) -> None:
-    with pytest.raises(UserError, match="classes: input should be 0, found 10"):
-        validate(config_type, {**(VERY_DEEP if config_type is VDVAEConfig else {}), "classes": 10}, "test")
+def test_classes_are_refused_by_a_family_that_takes_no_labels() -> None:
+    with pytest.raises(UserError, match="classes: codes know no classes"):
+        validate(VQVAEConfig, {"classes": 10}, "test")
+
+
+def test_guidance_is_refused_by_a_family_that_has_none(model: Family[Any]) -> None:
+    model.set_guidance(0)
+    with pytest.raises(UserError, match=rf"guidance: {type(model).__name__} has none.*; found 2, allowed is 0"):
+        model.set_guidance(2)
 
 
 def test_labels_are_as_many_as_images() -> None:

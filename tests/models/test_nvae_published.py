@@ -65,7 +65,7 @@ def complaint(call: Callable[..., Any], *given: Any) -> str:
 
 def test_arguments_become_the_fields_of_the_config() -> None:
     config = config_from_args(args())
-    assert config.model_dump(exclude={"objective", "likelihood"}) == {
+    assert config.model_dump(exclude={"objective", "likelihood", "label_dropout"}) == {
         "family": "nvae",
         "image_size": 32,
         "image_channels": 3,
@@ -294,7 +294,7 @@ def test_weights_of_another_model_are_refused(tiny_config: Make) -> None:
 @pytest.mark.parametrize(
     ("argument", "value", "sentence"),
     [
-        ("num_latent_per_group", 4, "num_latent_per_group is 4 in the args, 2 by the weights"),
+        ("num_latent_per_group", 4, "num_latent_per_group is 4 in the args, 3 by the weights"),
         ("num_channels_enc", 8, "num_channels_enc is 8 in the args, 4 by the weights"),
         ("num_groups_per_scale", 3, "num_groups_per_scale, num_latent_scales is 3 groups in the args, 2 groups by"),
         ("num_nf", 1, "num_nf is 1 in the args, 0 by the weights"),

@@ -207,6 +207,31 @@ def test_in_training_an_images_noise_decides_whether_its_class_counts(first: VQV
     assert torch.isclose(evaluated, known).all()
 
 
+def test_guidance_moves_samples_of_a_class_and_no_others(first: VQVAE) -> None:
+    model = prior(first, classes=3)
+    with torch.no_grad():
+        for snail in model.priors.values():
+            snail.classes.weight.mul_(3)  # type: ignore[union-attr, operator]
+            snail.logits.gain.mul_(5)  # type: ignore[union-attr, operator]
+    noise = [torch.randn(shape) for shape in model.latent_shapes(64)]
+    labels, before = torch.full((64,), 1), model.sample(64, noise=noise)
+    of_class = model.sample(64, noise=noise, labels=labels)
+    model.set_guidance(3)
+    assert torch.equal(model.sample(64, noise=noise).params, before.params)
+    assert not torch.equal(model.sample(64, noise=noise, labels=labels).params, of_class.params)
+    model.set_guidance(0)
+    assert torch.equal(model.sample(64, noise=noise, labels=labels).params, of_class.params)
+
+
+def test_guidance_without_classes_is_refused(first: VQVAE) -> None:
+    with pytest.raises(UserError, match=r"guidance: only samples of a class are guided, and model\.classes is 0"):
+        prior(first).set_guidance(1)
+    with pytest.raises(UserError, match="guidance: is 1; only samples of a class are guided, and classes is 0"):
+        config(first, guidance=1)
+    with pytest.raises(UserError, match="guidance: takes a number from 0 on, found -1"):
+        prior(first, classes=3).set_guidance(-1)
+
+
 def test_labels_of_a_model_without_classes_are_refused(first: VQVAE) -> None:
     with pytest.raises(UserError, match="takes none"):
         prior(first)(images(4), labels=torch.zeros(4, dtype=torch.int64))

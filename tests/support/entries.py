@@ -7,7 +7,7 @@ import torch
 
 from nvae.bricks.likelihoods import LikelihoodConfig
 from nvae.evaluation.figures import Evaluation, Figures
-from nvae.models.base import ModelConfig
+from nvae.models.config import ModelConfig
 
 
 class AnyConfig(ModelConfig):

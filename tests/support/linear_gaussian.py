@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nvae.bricks.latents import Normal, kl_divergence
 from nvae.bricks.likelihoods import Likelihood
-from nvae.models.base import Family, Metrics, ModelConfig, Noise, Output, Temperature, temperatures
+from nvae.models.base import Family, Metrics, Noise, Output, Temperature, temperatures
+from nvae.models.config import ModelConfig
 
 LATENTS, SPREAD, WIDER, OFF = 3, 0.3, 1.5, 0.1
 
@@ -88,6 +89,10 @@ class LinearGaussian(Family[ModelConfig]):
         mean, sigma = q.mean[:, :, 0, 0], q.sigma[:, :, 0, 0]
         ours = torch.distributions.MultivariateNormal(mean, torch.diag_embed(sigma.square()))
         return self.exact_log_prob(x) - torch.distributions.kl_divergence(ours, posterior)
+
+    def check_images(self, images: object) -> None:
+        """Images of any floating type: it computes in float64 itself."""
+        super().check_images(images.double() if isinstance(images, Tensor) else images)
 
     def encode(self, x: Tensor) -> Encoded:
         self.encoded += 1

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae.bricks.likelihoods import LIKELIHOODS, Likelihood
-from nvae.models.base import Family, Metrics, ModelConfig, Noise, Output, Temperature, temperatures
+from nvae.models.base import Family, Metrics, Noise, Output, Temperature, temperatures
+from nvae.models.config import ModelConfig
 
 
 class ToyConfig(ModelConfig):

@@ -76,8 +76,11 @@ def test_what_a_killed_process_was_writing_is_removed(folder: RunFolder) -> None
     leftovers = [folder.checkpoints / ".step-000000020.pt.x1", folder.path / ".outcome.json.x2"]
     for leftover in leftovers:
         leftover.write_bytes(b"half")
+    lock = folder.path / ".results.json.lock"  # of an evaluation that goes on
+    lock.touch()
     with folder.locked():
         folder.begin("")
+        assert lock.exists()
         assert not any(leftover.exists() for leftover in leftovers)
         assert steps(folder) == [10]
 

@@ -1,5 +1,6 @@
 """VQ-VAE through the same commands as every family: both stages trained, cut short, on two ranks, evaluated, drawn."""
 
+import json
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -9,40 +10,16 @@ import pytest
 import torch
 from entry_scripts import call, results_of
 from processes import start_ranks
-from tiny_run import TINY, checkpoint, column, differences, log, train_in
+from tiny_run import checkpoint, column, differences, log, train_in
+from tiny_vqvae import first_config, prior_config
 from torch import nn
 from torch._dynamo.utils import counters
 
 from nvae.checkpoints.loading import load_model
-from nvae.core.config import apply_overrides
 from nvae.core.errors import UserError
 from nvae.models.vqvae.model import VQVAE
 from nvae.models.vqvae.prior import VQVAEPrior
-from nvae.training.config import AnyRunConfig, run_config
 from nvae.training.trainer import Trainer
-
-IMAGES: dict[str, Any] = {"image_size": 8, "image_channels": 1, "likelihood": {"kind": "bernoulli"}}
-FIRST = IMAGES | {
-    "family": "vqvae",
-    "factors": [2, 2],
-    "channels": 8,
-    "residual_channels": 4,
-    "blocks": 1,
-    "quantiser": {"codes": 6, "dim": 4},
-}
-SNAIL = {"channels": 16, "inner_channels": 8, "kernel": 3, "blocks": 1, "depth": 1, "dropout": 0.0}
-SNAIL |= {"condition_channels": 6, "condition_blocks": 1}
-PRIOR = IMAGES | {"family": "vqvae_prior", "levels": [SNAIL]}
-OPTIM = {"name": "adamw", "lr": 3e-3, "warmup_steps": 2, "eps": 1e-8, "clip_norm": 1.0}
-
-
-def first_config(*overrides: str) -> AnyRunConfig:
-    return run_config(apply_overrides({**TINY, "model": FIRST, "optim": OPTIM}, list(overrides)), "tiny")
-
-
-def prior_config(codes: Path, *overrides: str) -> AnyRunConfig:
-    data = {**TINY, "name": "prior", "model": {**PRIOR, "codes": str(codes)}, "optim": OPTIM}
-    return run_config(apply_overrides(data, list(overrides)), "prior")
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +212,18 @@ def test_evaluation_is_compiled_where_asked_for(first: Path, prior: Path, monkey
 def test_both_are_sampled(first: Path, prior: Path, arguments: list[Any]) -> None:
     for folder in (first, prior):
         assert call("sample", folder, *arguments, "--count", 2) == 0
+
+
+def test_a_prior_with_classes_draws_them_with_guidance(first: Path, tmp_path: Path) -> None:
+    assert train_in(tmp_path, prior_config(first, "model.classes=10")) == "finished"
+    for guidance in (0, 2.5):
+        out = tmp_path / str(guidance)
+        options = ["--classes", 3, 0, "--count", 2, "--guidance", guidance, "--out", out]
+        assert call("sample", tmp_path / "prior", *options) == 0
+        (file,) = (out / "samples").glob("*.json")
+        about = json.loads(file.read_text())
+        assert about["classes"] == [3, 0] and about["guidance"] == guidance
+        assert ("guidance2.5" in file.name) == bool(guidance)
 
 
 def test_they_have_a_page(prior: Path) -> None:

@@ -1,6 +1,7 @@
 """Depthwise convolution in Triton: forward, input gradient, weight gradient, on channels-last memory.
 
 Sums are in float32 (float64 for float64 inputs), whatever the type of the tensors; no atomics, so results repeat.
+Channels are known when a kernel is made: rows of 180 neighbours, too, are then read several at once.
 
 Shapes: B batch, H W space of x, h w space of y = ceil(H/stride), C channels, K kernel side (odd), padding K // 2.
 Tensors come as (B, C, H, W) in channels-last memory, that is B·H·W rows of C neighbours; kernels as (K·K, C).
@@ -31,7 +32,7 @@ def _forward(
     width,
     out_height,
     out_width,
-    channels,
+    channels: tl.constexpr,
     has_bias: tl.constexpr,
     stride: tl.constexpr,
     size: tl.constexpr,
@@ -71,7 +72,7 @@ def _input_gradient(
     width,
     out_height,
     out_width,
-    channels,
+    channels: tl.constexpr,
     stride: tl.constexpr,
     size: tl.constexpr,
     accumulator: tl.constexpr,
@@ -110,8 +111,8 @@ def _weight_gradient(
     width,
     out_height,
     out_width,
-    channels,
     positions,
+    channels: tl.constexpr,
     stride: tl.constexpr,
     size: tl.constexpr,
     accumulator: tl.constexpr,
@@ -168,7 +169,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tens
         width,
         out_height,
         out_width,
-        channels,
+        channels=channels,
         has_bias=bias is not None,
         **_sizes(x, weight, stride),
     )
@@ -189,7 +190,7 @@ def input_gradient(grad: Tensor, weight: Tensor, height: int, width: int, stride
         width,
         out_height,
         out_width,
-        channels,
+        channels=channels,
         **_sizes(grad, weight, stride),
     )
     return x_grad
@@ -211,8 +212,8 @@ def weight_gradient(grad: Tensor, x: Tensor, size: int, stride: int) -> Tensor:
         width,
         out_height,
         out_width,
-        channels,
         positions,
+        channels=channels,
         stride=stride,
         size=size,
         accumulator=_triton_type(x),

@@ -7,15 +7,13 @@ from pydantic import Field, model_validator
 
 from ...bricks.cells import ARCHITECTURES, Op, Separable
 from ...core.config import nearest
-from ..base import ModelConfig
+from ..config import ConditionalConfig
 from .objective import ObjectiveConfig
 
 
-class NVAEConfig(ModelConfig):
+class NVAEConfig(ConditionalConfig):
     family: Literal["nvae"] = "nvae"
     """Which family of models."""
-    classes: Literal[0] = 0
-    """This family takes no labels."""
     scales: int = Field(1, ge=1, le=16)
     """Number of latent resolutions; each is half the one before."""
     groups: int = Field(10, ge=1, le=1000)
@@ -76,7 +74,8 @@ class NVAEConfig(ModelConfig):
                 )
 
     def idle(self) -> dict[str, str]:
-        return {} if self.adaptive_groups else {"min_groups": "without adaptive_groups all scales have the same"}
+        own = {} if self.adaptive_groups else {"min_groups": "without adaptive_groups all scales have the same"}
+        return super().idle() | own
 
     @property
     def groups_per_scale(self) -> list[int]:

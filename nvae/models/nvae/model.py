@@ -16,41 +16,40 @@ from torch import Tensor, nn
 from ...bricks.cells import ARCHITECTURES, Cell, Op, RegularOp
 from ...bricks.convolutions import Conv2d, EffectiveWeights
 from ...bricks.groups import LatentGroup, Tower
+from ...bricks.labels import ClassVectors
 from ...bricks.latents import Draw, Normal
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.normalisation import BatchNorm
 from ...bricks.recomputation import Recomputable
 from ...bricks.regularizers import SpectralPenalty, batch_norm_penalty
 from ...kernels.operations import memory_format
-from ..base import FirstImages, Metrics, ModelConfig, Noise, Output, Recomputation, TopDown
-from ..hierarchy import Hierarchy
+from ..base import FirstImages, Metrics, Noise, Output, Recomputation, TopDown
+from ..config import ModelConfig
+from ..hierarchy import EncodedImages, Hierarchy
 from .config import NVAEConfig
 from .objective import balance_factors, balance_weights, balanced_kl, kl_coefficient, spectral_weight
 
 
 @dataclass
-class Features:
+class Features(EncodedImages):
     """The bottom-up pass of a batch."""
 
-    target: Tensor
-    """(B, C, H, W), the quantised images."""
     taps: list[Tensor]
     """What each group's posterior sees of the image, (B, C, h, w), top-down."""
-
-    def repeated(self, times: int) -> "Features":
-        """The batch `times` over: draw k of image b is row k·B + b. The taps stay one an image."""
-        return Features(self.target.repeat(times, 1, 1, 1), self.taps)
 
 
 class TopDownPass(TopDown):
     """The decoder's state on its way through the groups; what `draw` does at once is in parts what the others do."""
 
-    def __init__(self, model: "NVAE", features: Features | None, n: int) -> None:
+    def __init__(self, model: "NVAE", features: Features | None, n: int, labels: Tensor | None = None) -> None:
+        """`labels` are of a pass without features."""
         self.model, self.features = model, features
         self.groups = model.latent_groups
         self.place = 0
         """Of the next group."""
-        self.state = model.entering(0, model.initial_state(n))
+        labels = labels if features is None else features.labels
+        self._of_class = model.first_prior(labels)
+        self.state = model.entering(0, model.initial_state(n, labels))
         """(n, C, h, w), at the next group after its cells."""
         self._prior_raw: Tensor | None = None
 
@@ -81,7 +80,7 @@ class TopDownPass(TopDown):
 
     def draw(self, noise: Tensor, given: Tensor | None = None) -> Draw:
         """Everything at the next group, as the one function that is trained."""
-        draw: Draw = self._group(self.state, self._tap, noise, given)
+        draw: Draw = self._group(self.state, self._tap, noise, given, self._of_class)
         self._go_on(draw.state)
         return draw
 
@@ -92,11 +91,11 @@ class TopDownPass(TopDown):
 
     def _raw(self) -> Tensor:
         if self._prior_raw is None:
-            self._prior_raw = self._group.prior_raw(self.state)
+            self._prior_raw = self._group.prior_raw(self.state, self._of_class)
         return self._prior_raw
 
     def _go_on(self, state: Tensor) -> None:
-        self.place, self._prior_raw = self.place + 1, None
+        self.place, self._prior_raw, self._of_class = self.place + 1, None, None
         self.state = self.model.entering(self.place, state) if self.place < len(self.groups) else state
 
 
@@ -149,6 +148,14 @@ class NVAE(Hierarchy[NVAEConfig]):
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
         self.recompute = False
 
+        # Where labels enter: where the prior begins, and where the decoder does.
+        self.class_prior: ClassVectors | None = None
+        self.class_state: ClassVectors | None = None
+        if config.classes:
+            self.class_prior = ClassVectors(config.classes, 2 * config.latent_channels)
+            if not config.is_vanilla:
+                self.class_state = ClassVectors(config.classes, decoder * 2**top)
+
     @property
     def latent_groups(self) -> list[LatentGroup]:
         """Top-down."""
@@ -160,19 +167,21 @@ class NVAE(Hierarchy[NVAEConfig]):
         """(B, C, H, W) in [0, 1] -> Output. Both ways with one set of effective weights."""
         if not self.training:
             self.check_images(x)
-        features = self.encode(x, labels)
-        return self.decoded(TopDownPass(self, features, len(x)), features.target, noise)
+        features, noise = self.encode(x, labels), self.noise_for(len(x), noise)
+        return self.decoded(TopDownPass(self, self.as_known(features, noise), len(x)), features.target, noise)
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
         self.check_labels(labels, len(x))
         self.weights.refresh()
-        return self.bottom_up(x)
+        return self.bottom_up(x, labels)
 
     def top_down(self, features: Any = None, n: int = 1, labels: Tensor | None = None) -> TopDown:
         """A pass through the groups one by one, of encoded images, or without them of n images from the prior."""
+        if features is None:
+            self.check_labels(labels, n)
         self.weights.refresh()
-        return TopDownPass(self, features, n if features is None else len(features.target))
+        return TopDownPass(self, features, n if features is None else len(features.target), labels)
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, L, h, w) of each group, top-down."""
@@ -186,7 +195,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         lam = spectral_weight(coefficient, objective)
         balances = objective.kl_balance and coefficient < 1
         weights = balance_weights(output.kl, self.balance_factors(output.kl.device)) if balances else None
-        kl = balanced_kl(output.kl, coefficient, weights)
+        kl = objective.kl_weight * balanced_kl(output.kl, coefficient, weights)
         loss = (output.reconstruction + kl).mean()
         metrics = {
             "nelbo": (output.reconstruction + output.kl.sum(1)).mean().detach(),
@@ -235,7 +244,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     # --------------------------------------------------------------------------------------------------- bottom-up
 
-    def bottom_up(self, x: Tensor) -> Features:
+    def bottom_up(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """With the effective weights of now."""
         likelihood = self.config.likelihood
         target = quantise(x, likelihood.bits, likelihood.grid)
@@ -250,13 +259,20 @@ class NVAE(Hierarchy[NVAEConfig]):
             if (joint := self.joint_above(g)) is not None:
                 state = self.down[joint](state)
         seen = [group.seen(tap) for group, tap in zip(self.latent_groups, reversed(taps), strict=True)]
-        return Features(target, seen)
+        return Features(target, labels, seen)
 
     # ---------------------------------------------------------------------------------------------------- top-down
 
-    def initial_state(self, n: int) -> Tensor:
-        """The learned first state of the decoder, of n images."""
-        return self.first_state.expand(n, -1, -1, -1).contiguous(memory_format=memory_format())
+    def first_prior(self, labels: Tensor | None) -> Tensor | None:
+        """What classes say of the first group's prior, (B, 2L, 1, 1) raw; None where there are none."""
+        return None if self.class_prior is None or labels is None else cast(Tensor, self.class_prior(labels))
+
+    def initial_state(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """The learned first state of the decoder, of n images of classes."""
+        state = self.first_state.expand(n, -1, -1, -1)
+        if self.class_state is not None and labels is not None:
+            state = state + self.class_state(labels)
+        return state.contiguous(memory_format=memory_format())
 
     def joint_above(self, g: int) -> int | None:
         """The index in `down` and `up` of the joint of scales between group g and the one above it, if there is one."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...core.config import Config
+from ...core.devices import sent
 from ...core.distributed import all_mean
 
 
@@ -21,6 +22,9 @@ class ObjectiveConfig(Config):
     """Fraction of training at the start during which the KL coefficient stays at `kl_min`."""
     kl_min: float = Field(0.0001, gt=0, le=1)
     """Smallest KL coefficient."""
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of the KL in the loss (β of Higgins et al. 2017), times its warm-up. 1: the negative ELBO. 0: an
+    autoencoder, where σ shrinks until codes are all but points, and samples from the prior resemble nothing."""
     kl_balance: bool = True
     """Balance the KL of the groups while the coefficient is below 1 (paper appendix A)."""
     spectral: float = Field(1e-2, ge=0)
@@ -50,8 +54,8 @@ def spectral_weight(coefficient: float, config: ObjectiveConfig) -> float:
 
 def balance_factors(scales: Sequence[int], device: torch.device) -> Tensor:
     """α of each group (G,): (2^s)²/n_s over the smallest such; s its scale (0 smallest) of n_s groups (spec §5)."""
-    alphas = torch.tensor([4.0**s / scales.count(s) for s in scales], device=device)
-    return alphas / alphas.min()
+    alphas = torch.tensor([4.0**s / scales.count(s) for s in scales])
+    return sent(alphas / alphas.min(), device)
 
 
 def balance_weights(kl: Tensor, factors: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from ...bricks.normalisation import BatchNorm
 from ...bricks.resampling import DownSkip, UpSkip
 from ...core.config import user_error
 from ...core.errors import UserError
-from ..base import Family, ModelConfig
+from ..base import Family
+from ..config import ModelConfig
 from ..renaming import Shapes, load_renamed, numbered, renamed, side_of
 from .config import NVAEConfig
 from .model import NVAE
@@ -145,7 +146,7 @@ def _told(config: NVAEConfig) -> dict[str, Any]:
     likelihood = config.likelihood.model_dump()
     if config.likelihood.kind != "logistic_mixture":
         del likelihood["components"], likelihood["edge"]
-    fields = config.model_dump(exclude={"objective", "likelihood"})
+    fields = config.model_dump(exclude={"objective", "likelihood", "label_dropout"})
     return fields | {f"likelihood.{name}": value for name, value in likelihood.items()}
 
 

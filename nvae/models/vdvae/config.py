@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..base import ModelConfig
+from ..config import ConditionalConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,9 @@ class Layer:
     """Decoder: the resolution whose state is enlarged and added first."""
 
 
-class VDVAEConfig(ModelConfig):
+class VDVAEConfig(ConditionalConfig):
     family: Literal["vdvae"] = "vdvae"
     """Which family of models."""
-    classes: Literal[0] = 0
-    """This family takes no labels."""
     encoder: str
     """Bottom-up blocks, `32x11,32d2,16x6,…`: `RxN` N blocks at resolution R, `R` one, `RdK` one, then pooled by K."""
     decoder: str

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...bricks.convolutions import Conv2d, convolution
+from ...bricks.labels import ClassVectors
 from ...bricks.latents import Draw, Normal, score, sum_with_each
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.recomputation import Recomputable
 from ...core.precision import at_least_float32
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.convolution import Geometry, for_autocast
-from ..base import FirstImages, Metrics, ModelConfig, Noise, Output, Recomputation, TopDown
-from ..hierarchy import Hierarchy
+from ..base import FirstImages, Metrics, Noise, Output, Recomputation, TopDown
+from ..config import ModelConfig
+from ..hierarchy import EncodedImages, Hierarchy
 from .config import Layer, VDVAEConfig
 from .standardisation import Standardisation
 
@@ -165,29 +167,24 @@ class LatentBlock(Recomputable):
 
 
 @dataclass
-class Features:
+class Features(EncodedImages):
     """The bottom-up pass of a batch, K draws to come of each of its B images."""
 
-    target: Tensor
-    """(K·B, C, H, W), the quantised images."""
     taps: dict[int, Tensor]
     """The tap (B, W, R, R) of each resolution R of the decoder."""
-
-    def repeated(self, times: int) -> "Features":
-        """The batch `times` over: draw k of image b is row k·B + b. The taps stay one an image."""
-        return Features(self.target.repeat(times, 1, 1, 1), self.taps)
 
 
 class TopDownPass(TopDown):
     """The states of all resolutions on their way through the blocks; what `draw` does at once is in parts what the
     others do."""
 
-    def __init__(self, model: "VDVAE", features: Features | None, n: int) -> None:
+    def __init__(self, model: "VDVAE", features: Features | None, n: int, labels: Tensor | None = None) -> None:
+        """`labels` are of a pass without features."""
         self.model, self.features = model, features
         self.blocks = model.latent_blocks
         self.place = 0
         """Of the next block."""
-        self.states = model.initial_states(n)
+        self.states = model.initial_states(n, labels if features is None else features.labels)
         self._distributions: Distributions | None = None
 
     @property
@@ -257,6 +254,9 @@ class VDVAE(Hierarchy[VDVAEConfig]):
         self.shift = nn.Parameter(torch.zeros(1, config.width, 1, 1))
         likelihood = LIKELIHOODS[config.likelihood.kind]
         self.head = conv2d(config.width, likelihood.params_per_pixel(config.likelihood, config.image_channels))
+        self.class_state: ClassVectors | None = None
+        if config.classes:
+            self.class_state = ClassVectors(config.classes, self.latent_blocks[0].width)
 
     # ------------------------------------------------------------------------------------------------- the contract
 
@@ -270,7 +270,7 @@ class VDVAE(Hierarchy[VDVAEConfig]):
             state = block(state)
             last[state.shape[-1]] = state
         taps = {resolution: ACTIVATIONS["gelu"](for_autocast(last[resolution])) for resolution in self._resolutions()}
-        return Features(quantise(x, config.likelihood.bits, config.likelihood.grid), taps)
+        return Features(quantise(x, config.likelihood.bits, config.likelihood.grid), labels, taps)
 
     def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
         """Draws from the posterior and decodes. Given latents (the first blocks, top-down) are scored, not drawn."""
@@ -281,7 +281,9 @@ class VDVAE(Hierarchy[VDVAEConfig]):
 
     def top_down(self, features: Any = None, n: int = 1, labels: Tensor | None = None) -> TopDown:
         """A pass through the blocks one by one, of encoded images, or without them of n images from the prior."""
-        return TopDownPass(self, features, n if features is None else len(features.target))
+        if features is None:
+            self.check_labels(labels, n)
+        return TopDownPass(self, features, n if features is None else len(features.target), labels)
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, Z, R, R) of each block, top-down."""
@@ -320,13 +322,19 @@ class VDVAE(Hierarchy[VDVAEConfig]):
         """Those of the decoder, ascending."""
         return sorted({block.resolution for block in self.latent_blocks})
 
-    def initial_states(self, n: int) -> dict[int | None, Tensor]:
-        """The state (B, W, R, R) of each resolution R before its first block: the learned bias, or zeros."""
+    def initial_states(self, n: int, labels: Tensor | None = None) -> dict[int | None, Tensor]:
+        """The state (B, W, R, R) of each resolution R before its first block: the learned bias, or zeros.
+
+        That of the first block knows the classes.
+        """
         states: dict[int | None, Tensor] = {}
         for resolution in self._resolutions():
             zeros = self.gain.new_zeros(1, self.config.width_at(resolution), 1, 1)
             start = self.biases.get(str(resolution), zeros)
             states[resolution] = start.expand(n, -1, resolution, resolution)
+        if self.class_state is not None and labels is not None:
+            first = self.latent_blocks[0].resolution
+            states[first] = states[first] + self.class_state(labels)
         return states
 
     def likelihood(self, states: dict[int | None, Tensor]) -> Likelihood:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...bricks.likelihoods import MixtureEdge
 from ...core.errors import UserError
-from ..base import Family, ModelConfig
+from ..base import Family
+from ..config import ModelConfig
 from ..renaming import Shapes, load_renamed, numbered, renamed, side_of
 from .config import VDVAEConfig
 from .model import VDVAE, Block, EncoderBlock, LatentBlock
@@ -79,7 +80,9 @@ def content_of(model: VDVAE, origin: Mapping[str, Any], dataset: str | None = No
 
 
 def to_published(model: VDVAE) -> dict[str, Tensor]:
-    """The published state dict of a model."""
+    """The published state dict of a model. Raises UserError for one of classes, which the format has no place for."""
+    if model.config.classes:
+        raise UserError(f"classes: {model.config.classes}; a published Very Deep VAE has none")
     return renamed(model, tensor_names(model))
 
 

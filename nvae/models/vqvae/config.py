@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from ...bricks.quantiser import QuantiserConfig
 from ...core.errors import UserError
-from ..base import ModelConfig
+from ..config import ConditionalConfig, ModelConfig
 from .network import Shape
 from .pixelsnail import MapShape, PixelSNAILConfig
 
@@ -63,7 +63,7 @@ class VQVAEConfig(ModelConfig):
         return [MapShape(self.quantiser.codes, side, side) for side in reversed(sides)]
 
 
-class VQVAEPriorConfig(ModelConfig):
+class VQVAEPriorConfig(ConditionalConfig):
     """Stage 2: learned priors of the codes of a trained stage 1, which is frozen and becomes part of the model."""
 
     takes_squared_error: ClassVar[bool] = True
@@ -79,8 +79,6 @@ class VQVAEPriorConfig(ModelConfig):
     """The priors, top-down, or one for all levels; none: uniform."""
     level: int | None = Field(None, ge=0)
     """The only level whose prior is trained, 0 the top; the others are as `codes` has them. None: all."""
-    label_dropout: float = Field(0.1, ge=0, lt=1)
-    """Probability of training an image without its class, so that the model is unconditional too."""
     guidance: float = Field(0.0, ge=0)
     """How far samples of a class go away from those of none, w: logits are (1 + w) times the class's less w times
     none's."""
@@ -90,8 +88,11 @@ class VQVAEPriorConfig(ModelConfig):
     train_decoder: bool = False
     """Whether the decoder of the image trains on beside the priors, the codes staying as they are."""
 
-    def idle(self) -> dict[str, str]:
-        return {} if self.classes else dict.fromkeys(("label_dropout", "guidance"), "the model takes no classes")
+    @model_validator(mode="after")
+    def _guided_from_classes(self) -> "VQVAEPriorConfig":
+        if self.guidance and not self.classes:
+            raise ValueError(f"guidance: is {self.guidance:g}; only samples of a class are guided, and classes is 0")
+        return self
 
     @property
     def foundation(self) -> str | None:

@@ -7,6 +7,7 @@ p(x | codes) is a likelihood; with a squared error there is none.
 Shapes: B images, L levels top-down, K codes, h w space of a map.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
-from ...bricks.quantiser import Quantised, Quantiser, after_update, discard
+from ...bricks.quantiser import Quantised, Quantiser, after_update, discard, exact_products
 from ...bricks.recomputation import Recomputable
 from ...core.errors import UserError
 from ...core.precision import in_float64
@@ -27,13 +28,13 @@ from ..base import (
     FirstImages,
     LatentKind,
     Metrics,
-    ModelConfig,
     Noise,
     Output,
     Recomputation,
     Temperature,
     temperatures,
 )
+from ..config import ModelConfig
 from .config import VQVAEConfig
 from .network import Choice, Network, chosen_nearest
 
@@ -51,6 +52,8 @@ class Features:
     """(B, c, h, w) of each level, top-down."""
     labels: Tensor | None = None
     """(B,), for the priors."""
+    indices: list[Tensor] | None = None
+    """(B, h, w) of each level, where the codes are known; there is nothing encoded then."""
 
     def repeated(self, times: int) -> "Features":
         """The batch `times` over: draw k of image b is row k·B + b."""
@@ -58,6 +61,7 @@ class Features:
             self.target.repeat(times, 1, 1, 1),
             [h.repeat(times, 1, 1, 1) for h in self.encoded],
             None if self.labels is None else self.labels.repeat(times),
+            None if self.indices is None else [map_.repeat(times, 1, 1) for map_ in self.indices],
         )
 
 
@@ -87,7 +91,7 @@ class VQVAE(Family[VQVAEConfig]):
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The encoders' way up from images (B, C, H, W) in [0, 1]."""
         self.check_labels(labels, len(x))
-        target = quantise(x, self.config.likelihood.bits, self.config.likelihood.grid)
+        target = self.target(x)
         return Features(target, self.network.encode(rescaled(target)))
 
     def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
@@ -112,19 +116,36 @@ class VQVAE(Family[VQVAEConfig]):
         latents: Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
     ) -> Likelihood:
-        """n images of codes that are all equally likely; at temperature 0 of the first ones."""
+        """n images of codes that are all equally likely; at temperature 0 zeros stand for those that are not given."""
         self.check_labels(labels, n)
         noise, given = self.noise_for(n, noise), latents or ()
         self.check_fit("latents", given, n)
         scales = temperatures(temperature, len(noise))
         indices = [z[:, 0] for z in given]
-        for epsilon, scale in zip(noise[len(given) :], scales[len(given) :], strict=True):
-            indices.append(uniform_codes(epsilon[:, 0], self.config.quantiser.codes, scale))
-        return self.likelihood(self.network.values(indices))
+        for epsilon in noise[len(given) :]:
+            indices.append(uniform_codes(epsilon[:, 0], self.config.quantiser.codes))
+        values = self.network.values(indices)
+        for level in range(len(given), len(values)):
+            values[level] = values[level] * bool(scales[level])
+        return self.likelihood(values)
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, 1, h, w) of each level, top-down."""
         return [(n, 1, shape.height, shape.width) for shape in self.config.maps]
+
+    def coding(self) -> str:
+        """A digest of its encoders and codebooks, and of what else decides the codes of an image."""
+        config = self.config
+        digest = hashlib.sha256(repr((config.shape, config.likelihood.bits, config.likelihood.grid)).encode())
+        for name, tensor in sorted(self.network.deciding().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def codes_of(self, x: Tensor) -> list[Tensor]:
+        with exact_products(x.device):
+            return [quantised.indices for quantised in self.network.quantise(self.encode(x).encoded)]
 
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
         """Distortion per dimension, commitment times β, and the codebooks' term where they learn by gradient (§3)."""
@@ -175,6 +196,10 @@ class VQVAE(Family[VQVAEConfig]):
 
     # ---------------------------------------------------------------------------------------------- for both stages
 
+    def target(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] as the likelihood takes them."""
+        return quantise(x, self.config.likelihood.bits, self.config.likelihood.grid)
+
     def likelihood(self, codes: Sequence[Tensor]) -> Likelihood:
         """p(x | codes) of their values (B, D, h, w), top-down."""
         config = self.config.likelihood
@@ -223,7 +248,7 @@ def rescaled(images: Tensor) -> Tensor:
     return (2 * images - 1).contiguous(memory_format=torch.channels_last)
 
 
-def uniform_codes(noise: Tensor, codes: int, temperature: float) -> Tensor:
-    """Indices that standard-normal noise (B, h, w) draws, each as likely as the others; at temperature 0 the first."""
-    share = torch.special.ndtr(in_float64(noise)) if temperature else torch.zeros_like(noise)
+def uniform_codes(noise: Tensor, codes: int) -> Tensor:
+    """Indices that standard-normal noise (B, h, w) draws, each as likely as the others."""
+    share: Tensor = torch.special.ndtr(in_float64(noise))
     return (share * codes).long().clamp(max=codes - 1).to(noise.device)

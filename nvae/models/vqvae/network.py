@@ -205,6 +205,18 @@ class Network(nn.Module):
             seen = level.enlarged([*seen, code])
         return finest.decode([*seen, codes[-1]])
 
+    def decoding(self) -> list[nn.Module]:
+        """What turns codes into the image, and does not decide codes."""
+        *coarse, finest = self.top_down()
+        return [finest.decoder, *(level.enlarge for level in coarse[-1:])]
+
+    def deciding(self) -> dict[str, Tensor]:
+        """The parameters and codebooks that decide the codes of an image, by name."""
+        aside = {id(tensor) for part in self.decoding() for tensor in part.parameters()}
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        averages = ("size", "total", "updates")
+        return {n: t for n, t in named.items() if id(t) not in aside and not n.endswith(averages)}
+
     def values(self, indices: Sequence[Tensor]) -> list[Tensor]:
         """The codes (B, D, h, w) of indices (B, h, w), top-down."""
         return [quantiser.values(map_) for quantiser, map_ in zip(self.quantisers(), indices, strict=True)]

@@ -12,11 +12,16 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ...bricks.causal import AttentionBlock, CodeContext, Conv2d, GatedBlock, Walk, places
 from ...bricks.recomputation import Recomputable
 from ...core.config import Config
+from ...core.distributed import rank
 from ...core.precision import in_float64
+
+SLOW = 5.0
+"""Seconds of drawing a map after which a progress bar appears."""
 
 
 class PixelSNAILConfig(Config):
@@ -203,16 +208,18 @@ class PixelSNAIL(Recomputable):
         guided = guidance != 0 and self.classes is not None and labels is not None
         if guided and labels is not None:
             condition = _both(condition, self.condition(above, torch.full_like(labels, -1)))
-        codes = torch.zeros(noise.shape[0], *noise.shape[2:], dtype=torch.int64, device=noise.device)
+        times = 2 if guided else 1
+        codes = torch.zeros(times * len(noise), *noise.shape[2:], dtype=torch.int64, device=noise.device)
         uniform = torch.special.ndtr(in_float64(noise[:, 0]))
         walk = Walk(*codes.shape[1:])
-        for row, column in walk:
-            logits = self.step(torch.cat([codes, codes]) if guided else codes, walk, condition)
+        total, quiet = codes[0].numel(), rank() != 0
+        for row, column in tqdm(walk, "drawing codes", total, delay=SLOW, mininterval=1, leave=False, disable=quiet):
+            logits = self.step(codes, walk, condition)
             if guided:
                 known, unknown = logits.chunk(2)
                 logits = (1 + guidance) * known - guidance * unknown
-            codes[:, row, column] = chosen(logits, temperature, uniform[:, row, column])
-        return codes
+            codes[:, row, column] = chosen(logits, temperature, uniform[:, row, column]).repeat(times)
+        return codes[: len(noise)]
 
 
 def chosen(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:

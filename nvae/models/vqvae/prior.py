@@ -4,12 +4,15 @@ Codes are made of each batch by the frozen encoder, in float32 and without gradi
 changing them. Shapes: B images, L levels top-down, K codes, h w space of a map.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...bricks.labels import partly_unknown
 from ...bricks.likelihoods import Likelihood
 from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_distances
 from ...core.errors import UserError
@@ -19,17 +22,20 @@ from ..base import (
     FirstImages,
     LatentKind,
     Metrics,
-    ModelConfig,
     Noise,
     Output,
     Recomputation,
     Temperature,
     temperatures,
 )
+from ..config import ModelConfig
 from .config import VQVAEPriorConfig
 from .model import FIRST, VQVAE, Features, metrics_of, uniform_codes
 from .network import chosen_nearest
 from .pixelsnail import PixelSNAIL
+
+AGREED = ("image_size", "image_channels", "likelihood", "classes", "guidance", "posterior_temperature")
+"""Fields of the config in which runs whose priors are joined must not differ."""
 
 
 class VQVAEPrior(Family[VQVAEPriorConfig]):
@@ -37,6 +43,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
 
     config_type: ClassVar[type[ModelConfig]] = VQVAEPriorConfig
     latent_kind: ClassVar[LatentKind] = "discrete"
+    takes_codes: ClassVar[bool] = True
 
     spread: Tensor
     """(L,), the mean squared distance of each level's vectors from their codes, of the first images."""
@@ -48,6 +55,7 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             raise UserError(f"model.codes: {config.codes} was not read; its first stage is part of a prior's config")
         self.first = VQVAE(config.first_stage)
         self.codes = self.first.codes
+        self.guidance = config.guidance
         spread = config.posterior_temperature > 0 and self.first.density == "point"
         self.density = "bound" if spread else self.first.density
         maps = config.first_stage.maps
@@ -61,12 +69,19 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         self.register_buffer("spread", torch.ones(len(maps)))
         self.first.requires_grad_(False)
         if config.train_decoder:
-            for part in self._decoding():
+            for part in self.first.network.decoding():
                 part.requires_grad_(True)
         for level, prior in self.priors.items():
             prior.requires_grad_(config.level is None or level == str(config.level))
 
     # ------------------------------------------------------------------------------------------------- the contract
+
+    def forward(
+        self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None, codes: Tensor | None = None
+    ) -> Output:
+        """Encodes images (B, C, H, W) in [0, 1], or takes their codes (B, S), and decodes."""
+        features = self.encode(x, labels) if codes is None else self.coded(x, codes, labels)
+        return self.decode(features, noise=noise)
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """What the frozen encoders say of images (B, C, H, W) in [0, 1]."""
@@ -78,9 +93,10 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
     def decode(self, features: Features, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
         """The codes of encoded images, nearest or drawn, what they cost, and what they decode to."""
         noise = self.noise_for(len(features.target), noise)
-        found, log_q = self._codes(features, noise, latents)
-        indices = [quantised.indices for quantised in found]
-        labels = self._known(features.labels, noise)
+        indices, log_q = self._codes(features, noise, latents)
+        labels = features.labels
+        if labels is not None and self.training:
+            labels = partly_unknown(labels, noise[0], self.config.label_dropout)
         rates = torch.stack([self._rate(level, indices, labels) for level in range(len(indices))], dim=1)
         with torch.set_grad_enabled(self.config.train_decoder and torch.is_grad_enabled()):
             likelihood = self.first.likelihood(self.first.network.values(indices))
@@ -112,16 +128,59 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             prior = self.prior(level)
             if prior is None:
                 codes = self.first.config.quantiser.codes
-                indices.append(uniform_codes(noise[level][:, 0], codes, scales[level]))
+                indices.append(uniform_codes(noise[level][:, 0] * bool(scales[level]), codes))
                 continue
-            guidance = self.config.guidance
-            drawn = prior.draw(noise[level], indices, labels, temperature=scales[level], guidance=guidance)
+            drawn = prior.draw(noise[level], indices, labels, temperature=scales[level], guidance=self.guidance)
             indices.append(drawn)
         return self.first.likelihood(self.first.network.values(indices))
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, 1, h, w) of each level, top-down."""
         return self.first.latent_shapes(n)
+
+    def coding(self) -> str:
+        """That of the first stage, whose codes they are."""
+        if self.config.posterior_temperature:
+            raise UserError(
+                f"model.posterior_temperature: {self.config.posterior_temperature:g} draws other codes each time, "
+                "kept ones are always the same; allowed is 0"
+            )
+        return self.first.coding()
+
+    def codes_of(self, x: Tensor) -> list[Tensor]:
+        return self.first.codes_of(x)
+
+    def coded(self, x: Tensor, codes: Tensor, labels: Tensor | None = None) -> Features:
+        """What `encode` gives of images (B, C, H, W) whose codes (B, S) are known; the distortion is the images'."""
+        self.check_labels(labels, len(x))
+        maps = self.first.config.maps
+        parts = torch.split(codes, [shape.height * shape.width for shape in maps], dim=1)
+        indices = [part.reshape(-1, shape.height, shape.width) for part, shape in zip(parts, maps, strict=True)]
+        return Features(self.first.target(x), [], labels, indices)
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Family[Any]]) -> "VQVAEPrior":
+        """The priors that each part trained, over the first stage that all of them are built on.
+
+        Raises UserError for parts of different first stages, for a level that no part, or more than one, has trained,
+        and for parts that differ in what images or classes they are for.
+        """
+        named = cast("Mapping[str, VQVAEPrior]", parts)
+        for (name, part), (other, one) in pairwise(named.items()):
+            _require_one_first_stage(name, part, other, one)
+            for field in AGREED:
+                if (ours := getattr(part.config, field)) != (theirs := getattr(one.config, field)):
+                    raise UserError(f"{other}: model.{field} is {theirs}, in {name} it is {ours}; parts must agree")
+        trained_by = _trained_by({name: part.config for name, part in named.items()})
+        levels = tuple(named[name].config.levels[level] for level, name in enumerate(trained_by))
+        first = next(iter(named.values()))
+        fields: dict[str, Any] = {"levels": levels, "level": None, "train_decoder": False}
+        model = cls(first.config.model_copy(update=fields))
+        model.first.load_state_dict(first.first.state_dict())
+        model.spread.copy_(first.spread)
+        for level, name in enumerate(trained_by):
+            model.priors[str(level)].load_state_dict(named[name].priors[str(level)].state_dict())
+        return model.eval()
 
     def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
         """Nats a code, summed over the levels, whose priors learn apart from each other (§4).
@@ -162,6 +221,14 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         self.first.eval()
         return self
 
+    def set_guidance(self, guidance: float) -> None:
+        """In the place of `model.guidance`. Raises UserError where it is negative, or where there are no classes."""
+        if not 0 <= guidance < math.inf:
+            raise UserError(f"guidance: takes a number from 0 on, found {guidance:g}")
+        if guidance and not self.config.classes:
+            raise UserError("guidance: only samples of a class are guided, and model.classes is 0")
+        self.guidance = guidance
+
     def set_recomputation(self, mode: Recomputation) -> None:
         """`cells`: the backward pass runs blocks of the priors again."""
         for prior in self.priors.values():
@@ -187,22 +254,12 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return prior.nats(indices[level], prior.condition(indices[:level], labels))
 
-    def _known(self, labels: Tensor | None, noise: Noise) -> Tensor | None:
-        """The labels; in training a part of them counts as unknown, which an image's own noise decides.
-
-        It is the digits of its first number that no draw of a code depends on.
-        """
-        if labels is None or not self.training:
-            return labels
-        share = torch.frac(2.0**12 * noise[0].flatten(1)[:, 0].abs())
-        return labels.masked_fill(share < self.config.label_dropout, -1)
-
     @torch.no_grad()
-    def _codes(
-        self, features: Features, noise: Noise, latents: Sequence[Tensor] | None
-    ) -> tuple[list[Quantised], Tensor]:
-        """Each level's codes, and their log q, (B, L) nats."""
+    def _codes(self, features: Features, noise: Noise, latents: Sequence[Tensor] | None) -> tuple[list[Tensor], Tensor]:
+        """Each level's codes (B, h, w), and their log q, (B, L) nats."""
         log_q = torch.zeros(len(features.target), len(noise), device=features.target.device)
+        if features.indices is not None:
+            return features.indices, log_q
         scales = self.config.posterior_temperature * self.spread
 
         def drawn(number: int, quantiser: Quantiser, vectors: Tensor) -> Quantised:
@@ -213,14 +270,8 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
         otherwise = drawn if self.config.posterior_temperature > 0 else chosen_nearest
         with exact_products(features.target.device):
             choice = self.first.choice(features, latents, otherwise)
-            return self.first.network.quantise(features.encoded, choice), log_q
-
-    def _decoding(self) -> Iterable[nn.Module]:
-        """What turns codes into the image, and does not decide codes."""
-        *coarse, finest = self.first.network.top_down()
-        yield finest.decoder
-        if coarse:
-            yield coarse[-1].enlarge
+            found = self.first.network.quantise(features.encoded, choice)
+        return [quantised.indices for quantised in found], log_q
 
 
 def drawn_near(quantiser: Quantiser, vectors: Tensor, noise: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,3 +284,41 @@ def drawn_near(quantiser: Quantiser, vectors: Tensor, noise: Tensor, scale: Tens
     uniform = torch.special.ndtr(in_float64(noise)).reshape(batch, -1, 1)
     indices = (in_float64(log_p).exp().cumsum(2) < uniform).sum(2).clamp(max=distances.shape[2] - 1).to(noise.device)
     return indices.reshape(batch, height, width), log_p.gather(2, indices[:, :, None]).sum((1, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------- joining
+
+
+def _require_one_first_stage(name: str, part: VQVAEPrior, other: str, one: VQVAEPrior) -> None:
+    """Raises UserError where two parts are not built on one first stage."""
+    ours, theirs = part.first.coding(), one.first.coding()
+    if part.config.first_stage != one.config.first_stage or ours != theirs:
+        raise UserError(
+            f"{other}: is built on another first stage ({one.config.codes}, {theirs}) than {name} "
+            f"({part.config.codes}, {ours})"
+        )
+    state = one.first.state_dict()
+    if any(not torch.equal(tensor, state[key]) for key, tensor in part.first.state_dict().items()):
+        raise UserError(
+            f"{other}: its decoder is not that of {name}, because one was trained on (model.train_decoder); join parts "
+            "that left it as it was"
+        )
+    if part.config.posterior_temperature and not torch.equal(part.spread, one.spread):
+        raise UserError(f"{other}: model.posterior_temperature has another unit than in {name}; train both on one seed")
+
+
+def _trained_by(configs: Mapping[str, VQVAEPriorConfig]) -> list[str]:
+    """The name of the part that has trained each level, top-down. Raises UserError where it is none or not one."""
+    (count,) = {len(config.levels) for config in configs.values()}
+    found: list[str] = []
+    for level in range(count):
+        names = [
+            name
+            for name, config in configs.items()
+            if config.levels[level] is not None and config.level in (None, level)
+        ]
+        if len(names) != 1:
+            having = " and ".join(names) or f"none of {', '.join(configs)}"
+            raise UserError(f"level {level}: its prior was trained by {having}; one part is to have trained it")
+        found += names
+    return found

@@ -15,7 +15,8 @@ from ...bricks.causal import GatedBlock
 from ...bricks.likelihoods import MixtureEdge
 from ...bricks.quantiser import AveragedQuantiser
 from ...core.errors import UserError
-from ..base import Family, ModelConfig
+from ..base import Family
+from ..config import ModelConfig
 from ..renaming import Shapes, load_renamed, renamed, side_of
 from .config import VQVAEConfig
 from .model import VQVAE
@@ -60,8 +61,7 @@ def from_published(
         )
     if not isinstance(config, VQVAEConfig):
         raise UserError(f"config: its model is of family '{config.family}', the checkpoint is of family 'vqvae'")
-    if len(config.factors) not in FOREIGN:
-        raise UserError(f"config: model.factors has {len(config.factors)} levels, public checkpoints have 1 to 3")
+    _require_public_factors(config)
     if any(name.averages for name in FOREIGN[len(config.factors)]):
         quantiser = config.quantiser.model_copy(update={"averages": "from_zero", "restart": 0.0})
         config = config.model_copy(update={"quantiser": quantiser})
@@ -79,9 +79,18 @@ def content_of(model: VQVAE, origin: Mapping[str, Any], dataset: str | None = No
     """The foreign state dict of a model. Raises UserError for a data set's name, and for one of more levels."""
     if dataset is not None:
         raise UserError("--dataset: a public VQ-VAE does not say what it was trained on, leave it out")
-    if len(model.network.levels) not in FOREIGN:
-        raise UserError(f"a model of {len(model.network.levels)} levels: public codes have 1 to 3")
+    _require_public_factors(model.config)
     return foreign_network(model.network)
+
+
+def _require_public_factors(config: VQVAEConfig) -> None:
+    """Raises UserError for levels that no public network has."""
+    _, *between = config.factors
+    if len(config.factors) not in FOREIGN or set(between) - {2}:
+        raise UserError(
+            f"model.factors: is {list(config.factors)}; public networks have 1 to 3 levels, each after the first "
+            "half as large as the one before"
+        )
 
 
 def load_network(network: Network, tensors: Mapping[str, Tensor]) -> None:
