@@ -106,12 +106,7 @@ class Index(Config):
     unread: str = ""
     """What lay beside the images and was not read, in a line."""
     seal: str = ""
-    """BLAKE2b of all else; "" in stores that have none."""
-
-    def sealed(self) -> str:
-        """What the seal should be."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"seal"}), sort_keys=True)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    """BLAKE2b of all else in the file; "" in stores that have none."""
 
     def lines(self) -> list[str]:
         """For people: how many images each split has, and which were left out, and why."""
@@ -247,7 +242,7 @@ def read_index(path: Path) -> Index:
                 f"{file}: is of format {content.get('format')} {content.get('version')}, read is {FORMAT} {VERSION}"
             )
         index = Index.model_validate(content)
-        if index.seal and index.seal != index.sealed():
+        if index.seal and index.seal != _digest(content):
             raise UserError(f"{file}: damaged, it is not as it was written; prepare the set again")
         return index
     except (OSError, ValidationError, ValueError, AttributeError, RecursionError) as error:
@@ -258,7 +253,14 @@ def read_index(path: Path) -> Index:
 
 def write_index(path: Path, index: Index) -> None:
     with atomic_file(path / INDEX) as file:
-        file.write(index.model_copy(update={"seal": index.sealed()}).model_dump_json(indent=1).encode())
+        content = index.model_dump(mode="json")
+        file.write(json.dumps({**content, "seal": _digest(content)}, indent=1, ensure_ascii=False).encode())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """BLAKE2b of what an index says, its seal left out."""
+    text = json.dumps({name: value for name, value in content.items() if name != "seal"}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def checksum(path: Path) -> str:
