@@ -92,7 +92,9 @@ class ArrayFile(Source):
         shape, dtype, held = _header(path, key)
         _check(shape, dtype, planar, self._label)
         if math.prod(shape) != held:
-            raise UserError(f"data.path: {self._label} is damaged: {held:,} bytes of an array of shape {shape}")
+            raise UserError(
+                f"data.path: {self._label} is damaged, or not an array file: {held:,} bytes, not those of {shape}"
+            )
         self.sides = _sides(shape, planar)
         self.total = shape[0]
         self.numbers = np.arange(shape[0]) if numbers is None else np.asarray(numbers)

@@ -105,8 +105,6 @@ class Index(Config):
     splits: dict[Split, Contents]
     unread: str = ""
     """What lay beside the images and was not read, in a line."""
-    seal: str = ""
-    """BLAKE2b of all else in the file; "" in stores that have none."""
 
     def lines(self) -> list[str]:
         """For people: how many images each split has, and which were left out, and why."""
@@ -241,10 +239,10 @@ def read_index(path: Path) -> Index:
             raise UserError(
                 f"{file}: is of format {content.get('format')} {content.get('version')}, read is {FORMAT} {VERSION}"
             )
-        index = Index.model_validate(content)
-        if index.seal and index.seal != _digest(content):
+        seal = content.pop("seal", None)
+        if seal is not None and seal != _digest(content):
             raise UserError(f"{file}: damaged, it is not as it was written; prepare the set again")
-        return index
+        return Index.model_validate(content)
     except (OSError, ValidationError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -258,9 +256,8 @@ def write_index(path: Path, index: Index) -> None:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """BLAKE2b of what an index says, its seal left out."""
-    text = json.dumps({name: value for name, value in content.items() if name != "seal"}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    """The seal of an index: BLAKE2b of all else in it."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def checksum(path: Path) -> str:

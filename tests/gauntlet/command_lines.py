@@ -91,8 +91,8 @@ def run(case: Case) -> Result:
     words = list(case.random.choice(LINES))
     changed = [_mutated(case.random, words) for _ in range(case.random.choice((1, 1, 1, 2)))]
     words = [word.replace("\0", "") for word in words]
-    if words[0] == "prepare" and "--processes" not in words:  # processes of its own would outlive the case
-        words += ["--processes", "1"]
+    needed = {"prepare": ("--processes", "1"), "train": ("--dry-run",)}.get(words[0], ())  # no work of minutes
+    words += needed if not set(needed) <= set(words) else ()
     tried = " ".join(words)[:300]
     answer = ask(*words) if words[0] in ("train", "evaluate", "sample", "prepare", "convert", "benchmark") else None
     if answer is None:
