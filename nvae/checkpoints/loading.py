@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..bricks.likelihoods import MixtureEdge
-from ..core.config import read_yaml, validate
+from ..core.config import read_yaml, shortened, validate
 from ..core.errors import UserError
 from ..models.base import Family
 from ..models.config import ModelConfig
@@ -16,7 +16,7 @@ from ..models.nvae import published
 from ..models.registry import build, family
 from ..models.vdvae import published as published_vdvae
 from ..models.vqvae import published as published_vqvae
-from .format import VERSION, is_ours, read_safely
+from .format import is_ours, read_safely, require_version
 
 Weights = Literal["ema", "raw"]
 Held = Literal["ema", "raw", "published"]
@@ -148,13 +148,14 @@ def _published(
 
 def model_of(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> tuple[Family[Any], Held]:
     """The model of a checkpoint of ours, in eval mode, and what its weights are. Raises UserError."""
-    if (version := content.get("version")) != VERSION:
-        raise UserError(f"a checkpoint of format {version}, this version of nvae reads format {VERSION}")
+    require_version(content)
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
         raise UserError("a checkpoint without a config or without a model")
     config = model_config(content["config"], "config")
     model = build(config if edge is None else config.with_likelihood(edge=edge))
     averaged = content.get("ema") if weights == "ema" else None
+    if not isinstance(averaged, Mapping | None):
+        raise UserError(f"averaged weights that are no tensors by name: {shortened(averaged)}")
     load_weights(model, averaged or content["model"])
     return model.eval(), "ema" if averaged else "published" if content.get("published") is not None else "raw"
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checkpoints.format import require_version
 from ..checkpoints.loading import load_checkpoint
 from ..core.config import flat, refuse_idle
 from ..core.distributed import check_same, rank, world_size
@@ -114,7 +115,8 @@ def ready(
 
 
 def _config_in(saved: dict[str, Any]) -> AnyRunConfig:
-    """The config that a checkpoint was saved with. Raises UserError where there is none."""
+    """The config that a checkpoint was saved with. Raises UserError where there is none, and for another format."""
+    require_version(saved)
     if not isinstance(saved.get("config"), dict):
         raise UserError("the checkpoint's config: is missing or damaged")
     return run_config(saved["config"], "the checkpoint's config")

@@ -86,7 +86,7 @@ class TrainingState:
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         require_moments(content["optimiser"], parameters)
         if self.average is not None:
-            self.average.load_state_dict(content["ema"] or content["model"])
+            self.average.load_state_dict(content.get("ema") or content["model"])
         own = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": content["optimiser"], "param_groups": own})
         if content["scaler"]:

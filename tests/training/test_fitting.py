@@ -50,6 +50,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "weights without numbers": (lambda c: c["model"].update({"stem.weight": 3}), r"'stem\.weight' is no tensor"),
     "a weight without a name": (lambda c: c["model"].update({7: c["model"]["stem.weight"]}), "'7' is no tensor with"),
     "an average without a weight": (lambda c: c["ema"].pop("stem.weight"), r"averaged.*'stem\.weight' is missing"),
+    "a later format": (lambda c: c.update(version=2), "a checkpoint of format 2, this version of nvae reads format 1"),
     "no config": (lambda c: c.pop("config"), "config: is missing"),
 }
 
