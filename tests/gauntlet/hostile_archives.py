@@ -22,7 +22,7 @@ from nvae.data.sets import open_images
 from .asking import ask, refusal
 from .cases import Case, Result, Verdict
 
-BOMB = 3 * 2**30
+BOMB = 5 * 2**28
 """Bytes of zeros that a bomb becomes."""
 CLIMBING = (
     "../../evil.png",
