@@ -9,12 +9,14 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from random import Random
 
+from nvae.commands.command import EXIT_INTERRUPTED
+
 from .cases import Case, Result, Verdict
 from .jobs import JOBS, Job, ended, enter, finished, not_whole, start
 
 OFTEN = ("training", "training", "training of two", "evaluation", "preparation")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
-LEAVES = 90.0
+GRACE = 10.0
 """Seconds within which the other ranks leave once one is gone."""
 
 
@@ -60,14 +62,19 @@ def _signal(process: ForkProcess, number: int) -> None:
 
 
 def _left(processes: list[ForkProcess]) -> list[int | None]:
-    """Exit codes; None where a rank does not leave though another is gone."""
-    end = time.monotonic() + LEAVES
+    """The exit codes of all ranks. As torchrun does, those of a job of which one died are told to leave, then killed."""
+    while all(process.exitcode in (None, 0, EXIT_INTERRUPTED) for process in processes):
+        if all(process.exitcode is not None for process in processes):
+            return [process.exitcode for process in processes]
+        time.sleep(0.01)
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    end = time.monotonic() + GRACE
     for process in processes:
         process.join(max(end - time.monotonic(), 0))
-    codes = [process.exitcode for process in processes]
-    if None in codes:
-        raise AssertionError(f"a rank is still there after {LEAVES:.0f} s: {codes}")
-    return codes
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def within_a_write(random: Random, job: Job, seconds: float) -> str:
