@@ -62,7 +62,7 @@ def _signal(process: ForkProcess, number: int) -> None:
 
 
 def _left(processes: list[ForkProcess]) -> list[int | None]:
-    """The exit codes of all ranks. As torchrun does, those of a job of which one died are told to leave, then killed."""
+    """The exit codes of all ranks; once one has died the others are told to leave, then killed, as torchrun does."""
     while all(process.exitcode in (None, 0, EXIT_INTERRUPTED) for process in processes):
         if all(process.exitcode is not None for process in processes):
             return [process.exitcode for process in processes]
