@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import UserError
+
 UNKNOWN = -1
 
 
@@ -21,6 +23,20 @@ class ClassVectors(nn.Module):
         """(B,) -> (B, C, 1, 1)."""
         known = (labels != UNKNOWN)[:, None]
         return (F.embedding(labels.clamp(min=0), self.weight) * known)[:, :, None, None]
+
+
+def require_labels(labels: Tensor, n: int, classes: int, *, values: bool = True) -> None:
+    """Raises UserError for any but (n,) int64 classes below `classes`, or −1; `values`: whether these are looked at."""
+    if labels.shape != (n,):
+        raise UserError(f"labels: {n} images take ({n},), found {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise UserError(f"labels: classes are int64, found {labels.dtype}")
+    wrong = labels[(labels < UNKNOWN) | (labels >= classes)] if values else labels[:0]
+    if len(wrong):
+        raise UserError(
+            f"labels: found class {int(wrong[0])}, but model.classes is {classes}: allowed are 0 to {classes - 1}, and "
+            f"{UNKNOWN} where unknown"
+        )
 
 
 def partly_unknown(labels: Tensor, noise: Tensor, share: float) -> Tensor:

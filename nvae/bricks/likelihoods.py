@@ -34,7 +34,7 @@ class LikelihoodConfig(Config):
     grid: Grid = "stretched"
     """Where the levels lie in [0, 1]: `stretched` from end to end, k / (2^b − 1) (NVAE); `truncated` at the 8-bit
     values without their low bits, k · 2^(8−b) / 255 (VDVAE). At 8 bits they are the same."""
-    components: int = Field(10, ge=1)
+    components: int = Field(10, ge=1, le=1000)
     """Components of the logistic mixture."""
     edge: MixtureEdge = "right"
     """`right`: the probabilities of the mixture's levels sum to 1. `published`: as the published code of the `grid` has

@@ -27,9 +27,9 @@ ROWS = 2**16
 
 
 class QuantiserConfig(Config):
-    codes: int = Field(512, ge=1)
+    codes: int = Field(512, ge=1, le=2**20)
     """Codes in a level's codebook, K."""
-    dim: int = Field(64, ge=1)
+    dim: int = Field(64, ge=1, le=65_536)
     """Dimension of a code, D."""
     learning: Literal["averages", "gradient"] = "averages"
     """How codes follow the encoder's vectors: moving `averages` of those that chose them, or the `gradient` of their

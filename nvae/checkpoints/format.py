@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..core.config import shortened
 from ..core.errors import UserError
 from ..core.files import atomic_file
 
@@ -67,6 +68,8 @@ def _first_damaged(path: Path) -> str | None:
         return None
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
+        if len({part.filename for part in parts}) < len(parts):
+            return "a part that is there twice"
         for part in parts:
             if part.compress_type == zipfile.ZIP_STORED and part.compress_size != part.file_size:
                 return part.filename
@@ -76,3 +79,10 @@ def _first_damaged(path: Path) -> str | None:
 def is_ours(content: dict[str, Any]) -> bool:
     """True for a checkpoint of this package, False for a foreign one."""
     return content.get("format") == FORMAT
+
+
+def require_version(content: dict[str, Any]) -> None:
+    """Raises UserError for a checkpoint of ours that another version has written in another way."""
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise UserError(f"a checkpoint of format {shortened(version)}, this version of nvae reads format {VERSION}")

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..bricks.likelihoods import MixtureEdge
-from ..core.config import read_yaml, validate
+from ..core.config import read_yaml, shortened, validate
 from ..core.errors import UserError
 from ..models.base import Family
 from ..models.config import ModelConfig
@@ -16,7 +16,7 @@ from ..models.nvae import published
 from ..models.registry import build, family
 from ..models.vdvae import published as published_vdvae
 from ..models.vqvae import published as published_vqvae
-from .format import VERSION, is_ours, read_safely
+from .format import is_ours, read_safely, require_version
 
 Weights = Literal["ema", "raw"]
 Held = Literal["ema", "raw", "published"]
@@ -148,37 +148,53 @@ def _published(
 
 def model_of(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights) -> tuple[Family[Any], Held]:
     """The model of a checkpoint of ours, in eval mode, and what its weights are. Raises UserError."""
-    if (version := content.get("version")) != VERSION:
-        raise UserError(f"a checkpoint of format {version}, this version of nvae reads format {VERSION}")
+    require_version(content)
     if not isinstance(content.get("config"), dict) or not isinstance(content.get("model"), dict):
         raise UserError("a checkpoint without a config or without a model")
     config = model_config(content["config"], "config")
     model = build(config if edge is None else config.with_likelihood(edge=edge))
     averaged = content.get("ema") if weights == "ema" else None
+    if not isinstance(averaged, Mapping | None):
+        raise UserError(f"averaged weights that are no tensors by name: {shortened(averaged)}")
     load_weights(model, averaged or content["model"])
     return model.eval(), "ema" if averaged else "published" if content.get("published") is not None else "raw"
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Weights into a model. Raises UserError, naming a tensor, for those of another model and for non-finite ones."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = _difference(model.state_dict(), weights)
-        raise UserError(f"the weights are of another model than the config describes: {reason}") from error
+    own = model.state_dict()
+    reason = unlike(own, weights)
+    if reason is None:
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError:
+            reason = _unmatched(own, weights)
+    if reason is not None:
+        raise UserError(f"the weights are of another model than the config describes: {reason}")
     require_finite(model)
 
 
-def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that does not fit, one of another shape before one that is missing or unknown."""
-    for name in [name for name in own if name in weights]:
-        shape = getattr(weights[name], "shape", ())
-        if own[name].shape != shape:
-            return f"'{name}' is {tuple(shape)}, not {tuple(own[name].shape)}"
-    for words, names in (("is missing", own.keys() - weights.keys()), ("is unknown", weights.keys() - own.keys())):
-        if names:
-            return f"'{min(names)}' {words}"
+def unlike(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str | None:
+    """The first of some weights that cannot be put into the place of that name: no tensor, another kind or shape."""
+    if not isinstance(weights, Mapping):
+        return "no tensors by name"
+    for name, found in weights.items():
+        if not isinstance(name, str) or not isinstance(found, Tensor):
+            return f"'{name}' is no tensor with a name"
+        place = own.get(name, found)
+        if (place.layout, place.is_floating_point()) != (found.layout, found.is_floating_point()) or found.is_complex():
+            return f"'{name}' is {found.dtype}, {found.layout}, not {place.dtype}"
+        if place.shape != found.shape:
+            return f"'{name}' is {tuple(found.shape)}, not {tuple(place.shape)}"
+        if found.is_meta and not place.is_meta:
+            return f"'{name}' has no numbers"
     return None
+
+
+def _unmatched(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """The first tensor that is missing or unknown."""
+    missing = own.keys() - weights.keys()
+    return f"'{min(missing)}' is missing" if missing else f"'{min(weights.keys() - own.keys())}' is unknown"
 
 
 def require_finite(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 from ..core.errors import UserError, line_of
+from ..core.memory import ran_out_of_memory
 from ..training.interruption import ignore_signals
 
 EXIT_USER_ERROR = 2
@@ -31,6 +32,10 @@ def command(run: Callable[[], int]) -> NoReturn:
         if error.errno is None:
             raise
         code = _told(f"error: {line_of(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        code = _told("error: out of memory; a smaller --batch, or fewer --processes, would need less")
     except KeyboardInterrupt:
         _told("interrupted")
         code = EXIT_KEYBOARD

@@ -116,12 +116,32 @@ cast(Any, _Loader).add_constructor("tag:yaml.org,2002:int", _integer)
 cast(Any, _Loader).add_constructor("tag:yaml.org,2002:float", _real)
 
 
+DEEPEST, MOST = 40, 100_000
+"""How deep values may be nested in a YAML text, and how many there may be where aliases are written out."""
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text; raises UserError naming `source` and the line where it does not parse."""
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value = yaml.load(text, _Loader)
+        _count(value)
+        return value
+    except (yaml.YAMLError, ValueError, IndexError, RecursionError) as error:  # of a tag that is given no text
         raise UserError(f"{shortened(source)}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _count(value: Any, depth: int = 0) -> int:
+    """How many values there are in one, aliases written out. Raises ValueError beyond `DEEPEST` and `MOST`."""
+    if depth > DEEPEST:
+        raise ValueError(f"values are nested more than {DEEPEST} deep")
+    total = 1
+    for part in (
+        (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        total += _count(part, depth + 1)
+        if total > MOST:
+            raise ValueError(f"more than {MOST:,} values, aliases written out")
+    return total
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

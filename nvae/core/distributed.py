@@ -6,6 +6,8 @@ which gradients flow, and the only one that a pass through bricks may use.
 
 import datetime
 import os
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -137,6 +139,29 @@ def from_rank_zero(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def waited_in_vain(error: BaseException) -> bool:
+    """Whether a collective ended because another rank did not come to it in time."""
+    return is_distributed() and "Timed out waiting" in str(error)
+
+
+def silent_ranks(seconds: float = 5.0) -> list[int]:
+    """The ranks that do not say within some seconds that they have waited in vain, too. Every rank that has may ask.
+
+    They say so in the store of the process group. Where it is silent itself, that is rank 0: it has it.
+    """
+    store, silent = dist.distributed_c10d._get_default_store(), [0]
+
+    def ask() -> None:
+        store.set(f"waited/{rank()}", "")
+        time.sleep(seconds)
+        silent[:] = [other for other in range(world_size()) if not store.check([f"waited/{other}"])]
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store that is silent never answers
+    asking.start()
+    asking.join(2 * seconds)
+    return silent
 
 
 @torch.no_grad()

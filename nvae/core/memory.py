@@ -26,10 +26,18 @@ def peak_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 
-ALLOCATION_FAILED = ("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What libraries say that allocate for themselves."""
+ALLOCATION_FAILED = (
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "can't start new thread",
+    "std::bad_alloc",
+)
+"""What libraries say that allocate for themselves, and PyTorch of the memory of a CPU."""
 
 
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU's memory was too small, in PyTorch's own words or in those of a library that it calls."""
-    return isinstance(error, torch.OutOfMemoryError) or any(reason in str(error) for reason in ALLOCATION_FAILED)
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small, a GPU's or this machine's, in PyTorch's own words or in those of a library."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in ALLOCATION_FAILED)

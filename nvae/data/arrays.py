@@ -89,8 +89,12 @@ class ArrayFile(Source):
         self.label_key = label_key
         self.key = key
         self.planar = planar
-        shape, dtype = _header(path, key)
+        shape, dtype, held = _header(path, key)
         _check(shape, dtype, planar, self._label)
+        if math.prod(shape) != held:
+            raise UserError(
+                f"data.path: {self._label} is damaged, or not an array file: {held:,} bytes, not those of {shape}"
+            )
         self.sides = _sides(shape, planar)
         self.total = shape[0]
         self.numbers = np.arange(shape[0]) if numbers is None else np.asarray(numbers)
@@ -131,7 +135,7 @@ class ArrayFile(Source):
         return self.sides[0] == self.sides[1]
 
     def state(self) -> str:
-        shape, dtype = _header(self.path, self.key)
+        shape, dtype, _ = _header(self.path, self.key)
         return digest([f"{self.key} {shape} {dtype} {_checksum(self.path, self.key)}", str(self.numbers.tolist())])
 
     @cached_property
@@ -225,14 +229,14 @@ def _damage_named(path: Path) -> Any:
         raise UserError(f"data.path: {path} is damaged, or not an array file of numpy: {error}") from error
 
 
-def _header(path: Path, key: str | None) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array, without reading it."""
+def _header(path: Path, key: str | None) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type of an array, and how many bytes it has, without reading it."""
     with _damage_named(path):
         if key is None:
             with path.open("rb") as file:
-                return _npy_header(file)
+                return *_npy_header(file), path.stat().st_size - file.tell()
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            return _npy_header(file)
+            return *_npy_header(file), archive.getinfo(f"{key}.npy").file_size - file.tell()
 
 
 def _checksum(path: Path, key: str | None) -> int:

@@ -42,7 +42,7 @@ def in_processes(
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, EOFError) as error:  # a worker, or the server that they are forked from
             raise UserError("--processes: one was killed, by a lack of memory perhaps; run again with fewer") from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -6,6 +6,7 @@ in databases.py.
 
 import hashlib
 import os
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -85,6 +86,16 @@ def digest(lines: Iterable[str]) -> str:
     return state.hexdigest()
 
 
+LARGEST = 2**29
+"""Bytes of an image's file; what is more is no image, or holds nothing but the same byte."""
+
+
+def _require_modest(size: int) -> None:
+    """Raises BadImage for a file of more than `LARGEST` bytes."""
+    if size > LARGEST:
+        raise BadImage(f"{size:,} bytes; a file of an image has at most {LARGEST:,}")
+
+
 class FolderSource(Source):
     """Image files under a folder."""
 
@@ -104,8 +115,13 @@ class FolderSource(Source):
         return self.names[index]
 
     def load(self, index: int) -> Image.Image:
+        path = self.root / self.names[index]
         try:
-            data = (self.root / self.names[index]).read_bytes()
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):  # a pipe, or a device, may have no end
+                raise BadImage("not a file")
+            _require_modest(about.st_size)
+            data = path.read_bytes()
         except (OSError, ValueError) as error:
             raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
         return decode(data)
@@ -190,6 +206,7 @@ class ZipSource(Source):
     def load(self, index: int) -> Image.Image:
         try:
             file, members = self._opened
+            _require_modest(members[self.names[index]].file_size)
             data = file.read(members[self.names[index]])
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
             raise BadImage(f"cannot be read from {self.path.name}: {error}") from error

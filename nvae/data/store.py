@@ -5,6 +5,7 @@
     train-00000.safetensors     data (bytes,) uint8: the images one after another, lossless WebP or raw;
                                 ends (n,) int64: where each ends; sizes (n, 2): height, width; crc (n,): its CRC-32;
                                 labels (n,) int64: its class, −1 where unknown; older stores have none
+                                seal (1,) int64: the CRC-32 of all but the data; older stores have none
 
 Images are shaped already: shorter side `size`, and square unless the crop is random.
 
@@ -14,7 +15,7 @@ Shapes: n images of a shard, C channels, H W pixels.
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -24,7 +25,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -70,8 +71,8 @@ class Settings(Config):
 class Shard(Config):
     """A file of images."""
 
-    file: str
-    images: int
+    file: str = Field(pattern=r"^(train|validation|test)-\d{5,}\.safetensors$")
+    images: int = Field(ge=0)
     checksum: str
     """BLAKE2b of the file."""
 
@@ -169,8 +170,17 @@ def write_shard(path: Path, records: Sequence[Record], metadata: dict[str, str])
         "labels": torch.tensor([record.label for record in records], dtype=torch.int64),
         "crc": torch.tensor([zlib.crc32(record.data) for record in records], dtype=torch.int64),
     }
+    content["seal"] = torch.tensor([_seal({name: table.numpy() for name, table in content.items()})])
     with atomic_file(path) as file:
         file.write(save(content, metadata=metadata))
+
+
+def _seal(tables: Mapping[str, np.ndarray]) -> int:
+    """The CRC-32 of what a shard says of its images."""
+    seal = 0
+    for name in ("ends", "sizes", "labels", "crc"):
+        seal = zlib.crc32(np.ascontiguousarray(tables[name]).tobytes(), seal)
+    return seal
 
 
 class ShardFile:
@@ -183,12 +193,14 @@ class ShardFile:
             self._file = cast(Any, safe_open(path, framework="np"))
             self.metadata: dict[str, str] = self._file.metadata() or {}
             self._data = self._file.get_slice("data")
-            self._ends = np.concatenate([[0], self._file.get_tensor("ends")])
-            self._sizes = self._file.get_tensor("sizes")
-            self._crc = self._file.get_tensor("crc")
-            named = self._file.keys()
-            self.labels: np.ndarray = self._file.get_tensor("labels") if "labels" in named else unknown(len(self))
-        except (SafetensorError, OSError, ValueError) as error:
+            tables = {name: self._file.get_tensor(name) for name in self._file.keys() if name != "data"}  # noqa: SIM118
+            if "seal" in tables and int(tables["seal"][0]) != _seal(tables):
+                raise ValueError("what it says of its images is not as it was written")
+            self._ends = np.concatenate([[0], tables["ends"]])
+            self._sizes = tables["sizes"]
+            self._crc = tables["crc"]
+            self.labels: np.ndarray = tables["labels"] if "labels" in tables else unknown(len(self))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: missing, damaged or truncated; prepare the set again ({error})") from error
 
     def __len__(self) -> int:
@@ -196,7 +208,10 @@ class ShardFile:
 
     def record(self, index: int) -> Record:
         """The image at `index`, encoded. Raises BadImage where it is damaged."""
-        data: bytes = self._data[int(self._ends[index]) : int(self._ends[index + 1])].tobytes()
+        try:
+            data: bytes = self._data[int(self._ends[index]) : int(self._ends[index + 1])].tobytes()
+        except SafetensorError as error:
+            raise BadImage(f"damaged: {error}") from error
         if zlib.crc32(data) != self._crc[index]:
             raise BadImage("damaged: its checksum differs")
         height, width = self._sizes[index].tolist()
@@ -224,14 +239,25 @@ def read_index(path: Path) -> Index:
             raise UserError(
                 f"{file}: is of format {content.get('format')} {content.get('version')}, read is {FORMAT} {VERSION}"
             )
+        seal = content.pop("seal", None)
+        if seal is not None and seal != _digest(content):
+            raise UserError(f"{file}: damaged, it is not as it was written; prepare the set again")
         return Index.model_validate(content)
-    except (OSError, ValidationError, json.JSONDecodeError, AttributeError) as error:
+    except (OSError, ValidationError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file}: damaged, prepare the set again") from error
 
 
 def write_index(path: Path, index: Index) -> None:
     with atomic_file(path / INDEX) as file:
-        file.write(index.model_dump_json(indent=1).encode())
+        content = index.model_dump(mode="json")
+        file.write(json.dumps({**content, "seal": _digest(content)}, indent=1, ensure_ascii=False).encode())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """The seal of an index: BLAKE2b of all else in it."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def checksum(path: Path) -> str:

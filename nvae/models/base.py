@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..bricks.images import require_images
 from ..bricks.inference import for_inference
-from ..bricks.labels import UNKNOWN
+from ..bricks.labels import require_labels
 from ..bricks.latents import Draw, Normal
 from ..bricks.likelihoods import Likelihood
 from ..core.errors import UserError
@@ -357,18 +357,8 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
             return
         if self.config.classes == 0:
             raise UserError(f"labels: this {type(self).__name__} takes none, its model.classes is 0")
-        if labels.shape != (n,):
-            raise UserError(f"labels: {n} images take ({n},), found {tuple(labels.shape)}")
-        if labels.dtype != torch.int64:
-            raise UserError(f"labels: classes are int64, found {labels.dtype}")
-        if self.training and labels.device.type != "cpu":
-            return
-        wrong = labels[(labels < UNKNOWN) | (labels >= self.config.classes)]
-        if len(wrong):
-            raise UserError(
-                f"labels: found class {int(wrong[0])}, but model.classes is {self.config.classes}: allowed are 0 to "
-                f"{self.config.classes - 1}, and {UNKNOWN} where unknown"
-            )
+        waits = self.training and labels.device.type != "cpu"
+        require_labels(labels, n, self.config.classes, values=not waits)
 
     @property
     def has_importance_weights(self) -> bool:

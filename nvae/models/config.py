@@ -14,11 +14,11 @@ class ModelConfig(Config):
 
     family: str
     """Which family of models: `nvae`, or `package.module:Class` for one of your own."""
-    image_size: int = Field(32, ge=1)
+    image_size: int = Field(32, ge=1, le=65_536)
     """Height and width of the model's input in pixels, padding included."""
     image_channels: Literal[1, 3] = 3
     """1 for grey or binary images, 3 for RGB."""
-    classes: int = Field(0, ge=0)
+    classes: int = Field(0, ge=0, le=2**20)
     """Classes that an image may be said to be of, numbered from 0. 0: the model takes no labels."""
     likelihood: LikelihoodConfig = LikelihoodConfig()
 

@@ -1,6 +1,7 @@
 """The families by name. A new one is a line here, or `package.module:Class` in a config."""
 
 import importlib
+import sys
 from typing import Any
 
 from ..core.config import nearest
@@ -24,11 +25,13 @@ def family(name: str) -> type[Family[Any]]:
     module_name, colon, class_name = path.partition(":")
     if not colon:
         raise UserError(f"model.family: unknown family '{name}'{nearest(name, FAMILIES)}")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:  # some of which do something when imported
+        raise UserError(f"model.family: '{name}' is a part of Python, no module of yours")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"model.family: '{name}' cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Family)):
+    if not (isinstance(found, type) and issubclass(found, Family) and hasattr(found, "config_type")):
         raise UserError(f"model.family: '{name}' is not a Family (nvae.models.base)")
     return found
 

@@ -42,13 +42,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def naming_fields(differences: Sequence[str]) -> Iterator[None]:
-    """Within, an error about weights of another model goes on with the fields of the model's config that differ."""
+def naming_fields(place: object, differences: Sequence[str]) -> Iterator[None]:
+    """Within, an error about weights of another model names where they are, and the fields of the model that differ."""
     try:
         yield
     except UserError as error:
         fields = [line for line in differences if line.startswith("model.")]
-        raise UserError("\n  ".join([str(error), *fields])) from error
+        raise UserError("\n  ".join([f"{place}: {error}", *fields])) from error
 
 
 def continued(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool) -> list[str]:

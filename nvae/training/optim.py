@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..checkpoints.loading import unlike
 from ..core.config import Config
 from ..core.errors import UserError
 from .adamax import Adamax
@@ -194,6 +195,11 @@ class Averaged:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes over saved averages."""
+        """Takes over saved averages. Raises UserError for those of another model."""
+        reason = unlike(self.tensors, state)
+        if reason is None and (missing := self.tensors.keys() - state.keys()):
+            reason = f"'{min(missing)}' is missing"
+        if reason is not None:
+            raise UserError(f"the averaged weights are of another model: {reason}")
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name])

@@ -56,15 +56,19 @@ def _train_in(
 
 @contextmanager
 def _failures_recorded(folder: RunFolder, config: AnyRunConfig) -> Iterator[None]:
-    """Within, what ends a run is written down. Running out of memory becomes a UserError that says what needs less."""
+    """Within, what ends a run is written down. Too little memory, and ranks that do not answer, become a UserError."""
     try:
         yield
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if ran_out_of_memory(error):
+            message = _out_of_memory(config)
+        elif distributed.waited_in_vain(error):
+            message = _no_answer(config, distributed.silent_ranks())
+        else:
             folder.record_failure(f"{type(error).__name__}: {error}")
             raise
-        folder.record_failure(_out_of_memory(config))
-        raise UserError(_out_of_memory(config)) from error
+        folder.record_failure(message)
+        raise UserError(message) from error
     except UserError as error:
         folder.record_failure(str(error))
         raise
@@ -74,6 +78,15 @@ def _failures_recorded(folder: RunFolder, config: AnyRunConfig) -> Iterator[None
     except BaseException as error:
         folder.record_failure(f"{type(error).__name__}: {error}")
         raise
+
+
+def _no_answer(config: AnyRunConfig, silent: list[int]) -> str:
+    """Who kept the others waiting."""
+    who = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
+    return (
+        f"{who}: no answer within train.timeout_minutes={config.train.timeout_minutes:g}; look at that process and its "
+        "machine; the same command goes on from the last checkpoint"
+    )
 
 
 def _out_of_memory(config: AnyRunConfig) -> str:

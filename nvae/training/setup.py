@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checkpoints.format import require_version
 from ..checkpoints.loading import load_checkpoint
 from ..core.config import refuse_idle
 from ..core.distributed import check_same, rank, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision
 from ..data.codes import StoredCodes
+from ..data.images import Images
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
 from ..kernels.fusion import compile_each
@@ -54,17 +56,16 @@ def ready(
     """
     require_same_config(config.model_dump(mode="json"))
     saved = folder.newest()
-    before = saved["config"]["data"]["global_batch"] if saved else None
+    earlier = _config_in(saved) if saved else None
+    before = earlier.data.global_batch if earlier else None
     config = config.model_copy(update={"data": with_global_batch(config.data, before, world_size())})
     if saved is None:  # once such fields were accepted, and a run goes on as it began
         refuse_idle(config)
     data, seed = config.data, config.seed
     images, held_out = open_images(data, "train"), open_images(data, "validation")
-    codes = StoredCodes(data, "train") if data.stored_codes else None
-    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size(), codes=codes)
+    stream = _stream(config, images, device)
     require_classes(images.labels, held_out.labels, config.model.classes)
     content = content_of({"train": images, "validation": held_out})
-    earlier = run_config(saved["config"], "the checkpoint's config") if saved else None
     source = _source(config) if saved is None else None
     config = _continuing(config, earlier.model if earlier else source.config if source else None)
     foundation = foundation_of(config)
@@ -78,13 +79,13 @@ def ready(
     state = _state(config, device, precision)
     warm = [] if source is None else start_from(source, state)
     if saved is not None:
-        with naming_fields(notes):
+        with naming_fields(folder.checkpoints, notes):
             state.load_state_dict(saved)
     if foundation is not None:
         state.model.take_in(foundation)
     state.model.check_samples(config.train.validation_samples)
-    if codes is not None:
-        state.model.check_codes(codes.coding.first_stage, codes.coding.made_by)
+    if stream.codes is not None:
+        state.model.check_codes(stream.codes.coding.first_stage, stream.codes.coding.made_by)
     check_same(state.tensors(), device)
     if not state.begun:
         begin(state, images, data, seed)
@@ -105,6 +106,21 @@ def ready(
     )
     notes = [f"changed since the last checkpoint: {note}" for note in notes]
     return Ready(config, content, trainer, [*notes, *warm, _greeting(config, trainer)])
+
+
+def _config_in(saved: dict[str, Any]) -> AnyRunConfig:
+    """The config that a checkpoint was saved with. Raises UserError where there is none, and for another format."""
+    require_version(saved)
+    if not isinstance(saved.get("config"), dict):
+        raise UserError("the checkpoint's config: is missing or damaged")
+    return run_config(saved["config"], "the checkpoint's config")
+
+
+def _stream(config: AnyRunConfig, images: Images, device: torch.device) -> TrainingStream:
+    """This rank's batches, with their codes where a store keeps them."""
+    data, share = config.data, {"rank": rank(), "world": world_size()}
+    codes = StoredCodes(data, "train") if data.stored_codes else None
+    return TrainingStream(images, data, seed=config.seed, device=device, codes=codes, **share)
 
 
 def require_classes(labels: torch.Tensor, held_out: torch.Tensor, classes: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.loading import load_weights
 from ..models.base import Family, FirstImages
+from .fitting import require_moments, require_numbers, require_parts
 from .optim import Averaged, SkipRule
 
 
@@ -73,17 +74,24 @@ class TrainingState:
         """Takes over what `state_dict` gave; learning rate, decay and the like stay as configured now.
 
         An average that was not kept before starts from the weights. Earlier versions did not say whether the model had
-        begun: it had, once there was an update. Raises UserError for weights of another model.
+        begun: it had, once there was an update. Raises UserError for weights of another model, and for what is no
+        state of a run.
         """
+        require_parts(content)
+        counters = {"begun": content["counters"].get("step", 0) != 0, **content["counters"]}
+        require_numbers("counters", counters, {name: getattr(self, name) for name in self.counters})
+        require_numbers("skip_rule", content["skip_rule"], self.skip_rule.state_dict())
+        require_numbers("scaler", content["scaler"], dict.fromkeys(content["scaler"], 0.0))
         load_weights(self.model, content["model"])
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        require_moments(content["optimiser"], parameters)
         if self.average is not None:
-            self.average.load_state_dict(content["ema"] or content["model"])
+            self.average.load_state_dict(content.get("ema") or content["model"])
         own = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": content["optimiser"], "param_groups": own})
         if content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.skip_rule.load_state_dict(content["skip_rule"])
-        counters = {"begun": content["counters"]["step"] > 0, **content["counters"]}
         for name in self.counters:
             setattr(self, name, counters[name])
 

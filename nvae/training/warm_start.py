@@ -34,11 +34,8 @@ def start_from(source: Family[Any], state: TrainingState) -> list[str]:
     taken = weights
     if fitting and fitting < own.keys() | weights.keys() and _are_of_one_kind(source.config, model.config):
         taken = own | {name: weights[name] for name in fitting}
-    try:
-        with naming_fields(differences):
-            state.take_weights(taken)
-    except UserError as error:
-        raise UserError(f"train.init_from: {error}") from error
+    with naming_fields("train.init_from", differences):
+        state.take_weights(taken)
     if taken is weights:
         return []
     freed = [line for line in differences if line.removeprefix("model.").startswith(MAY_DIFFER)]

@@ -296,3 +296,23 @@ def test_what_python_gives_up_on_is_one_line(text: str) -> None:
 
 def test_a_word_that_is_no_utf8_is_refused_by_its_field() -> None:
     assert "engine.fuel: " in complaint(validate, Car, {"engine": {"fuel": "caf\udce9"}}, "car.yaml")
+
+
+# ----------------------------------------------------------------------------------------------------- without end
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (LAUGHS, "more than 100,000 values, aliases written out"),
+        ("name: &a [*a]", "nested more than 40 deep"),
+        ("name: &a {b: *a}", "nested more than 40 deep"),
+        ("name: " + "[" * 50 + "]" * 50, "nested more than 40 deep"),
+        ("weight: !!float ''", "string index out of range"),
+    ],
+)
+def test_values_without_end_are_refused(text: str, reason: str) -> None:
+    assert reason in complaint(car, text)

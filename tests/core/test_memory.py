@@ -16,10 +16,13 @@ from nvae.core.memory import ran_out_of_memory
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("DefaultCPUAllocator"), False),
     ],
 )
-def test_libraries_that_allocate_for_themselves_count_too(error: RuntimeError, expected: bool) -> None:
+def test_libraries_that_allocate_for_themselves_count_too(error: Exception, expected: bool) -> None:
     assert ran_out_of_memory(error) == expected
 
 

@@ -156,7 +156,9 @@ def test_a_store_of_before_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     save = store.save
     monkeypatch.setattr(
-        store, "save", lambda content, **rest: save({k: v for k, v in content.items() if k != "labels"}, **rest)
+        store,
+        "save",
+        lambda content, **rest: save({k: v for k, v in content.items() if k not in ("labels", "seal")}, **rest),
     )
     image_folder(tmp_path / "images", PETS)
     prepare(DataConfig(path=tmp_path / "images", size=16), tmp_path / "store", processes=1, progress=False)

@@ -409,7 +409,7 @@ def test_a_store_of_before_is_read_and_left_as_it_is(folder: Path, tmp_path: Pat
     prepared(folder, tmp_path / "store")
     path = tmp_path / "store" / "store.json"
     content = json.loads(path.read_text())
-    del content["settings"]["is_named"], content["unread"]
+    del content["settings"]["is_named"], content["unread"], content["seal"]
     for part in content["splits"].values():
         del part["doubtful"], part["state"]
     path.write_text(json.dumps(content))

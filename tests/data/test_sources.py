@@ -52,10 +52,43 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatc
         folder_listing(tmp_path)
 
 
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    """Which nobody may ever write to."""
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(BadImage, match="not a file"):
+        FolderSource(tmp_path, ["a.png"]).load(0)
+
+
+def test_a_bomb_is_told_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(BadImage, match="1,073,741,824 bytes"):
+        FolderSource(tmp_path, ["a.png"]).load(0)
+    with (
+        zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("a.png", "w", force_zip64=True) as member,
+    ):
+        for _ in range(33):
+            member.write(bytes(2**24))
+    with pytest.raises(BadImage, match="553,648,128 bytes"):
+        ZipSource(tmp_path / "a.zip", ["a.png"]).load(0)
+
+
+@pytest.mark.parametrize("shape", [(10**15, 8, 8, 3), (-1, 8, 8), (3, 8, 8, 3)])
+def test_an_array_that_says_it_is_larger_than_its_file_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    header = (tmp_path / "a.npy").read_bytes()[10:128]
+    changed = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes().replace(header, changed))
+    with pytest.raises(UserError, match=r"a\.npy.*(bytes, not those of|has shape)"):
+        ArrayFile(tmp_path / "a.npy")
+
+
 def test_a_file_that_cannot_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
+    (tmp_path / "a.png").touch()
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(BadImage, match="cannot be read: Permission denied"):
         FolderSource(tmp_path, ["a.png"]).load(0)

@@ -14,31 +14,31 @@ from .objective import ObjectiveConfig
 class NVAEConfig(ConditionalConfig):
     family: Literal["nvae"] = "nvae"
     """Which family of models."""
-    scales: int = Field(1, ge=1)
+    scales: int = Field(1, ge=1, le=16)
     """Number of latent resolutions; each is half the one before."""
-    groups: int = Field(10, ge=1)
+    groups: int = Field(10, ge=1, le=1000)
     """Latent groups at the largest latent resolution."""
     adaptive_groups: bool = False
     """Halve the number of groups from scale to scale; otherwise all scales have the same."""
-    min_groups: int = Field(1, ge=1)
+    min_groups: int = Field(1, ge=1, le=1000)
     """Fewest groups a scale may have when adaptive."""
-    latent_channels: int = Field(20, ge=1)
+    latent_channels: int = Field(20, ge=1, le=65_536)
     """Channels of a latent variable, L."""
-    encoder_channels: int = Field(32, ge=4)
+    encoder_channels: int = Field(32, ge=4, le=65_536)
     """Bottom-up channels at the image's resolution; they double at every halving."""
-    decoder_channels: int = Field(32, ge=4)
+    decoder_channels: int = Field(32, ge=4, le=65_536)
     """Top-down channels at the image's resolution; they double at every halving."""
-    halvings: int = Field(1, ge=0)
+    halvings: int = Field(1, ge=0, le=16)
     """Halvings before the largest latent resolution (blocks of pre-processing, and of post-processing)."""
-    preprocess_cells: int = Field(2, ge=1)
+    preprocess_cells: int = Field(2, ge=1, le=1000)
     """Cells of a pre-processing block; the last one halves the resolution."""
-    postprocess_cells: int = Field(2, ge=1)
+    postprocess_cells: int = Field(2, ge=1, le=1000)
     """Cells of a post-processing block; the first one doubles the resolution."""
-    encoder_cells: int = Field(2, ge=0)
+    encoder_cells: int = Field(2, ge=0, le=1000)
     """Bottom-up cells per latent group."""
-    decoder_cells: int = Field(2, ge=0)
+    decoder_cells: int = Field(2, ge=0, le=1000)
     """Top-down cells per latent group."""
-    flows: int = Field(0, ge=0)
+    flows: int = Field(0, ge=0, le=1000)
     """Inverse-autoregressive flow cells per group, on the posterior."""
     squeeze_excite: bool = True
     """Squeeze-and-excitation in every cell."""

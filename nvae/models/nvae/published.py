@@ -100,7 +100,7 @@ def image_size(dataset: str) -> int:
     if dataset == "ffhq":
         return 256
     suffix = dataset.rpartition("_")[2]
-    return int(suffix) if suffix.isdigit() else 32
+    return int(suffix) if suffix.isdecimal() and len(suffix) < 8 else 32
 
 
 def args_from_config(config: NVAEConfig, dataset: str) -> argparse.Namespace:
@@ -131,7 +131,10 @@ def args_from_config(config: NVAEConfig, dataset: str) -> argparse.Namespace:
         num_nf=config.flows,
         arch_instance=config.architecture,
     )
-    ours, theirs = _told(config), _told(config_from_args(args, likelihood.edge))
+    try:
+        ours, theirs = _told(config), _told(config_from_args(args, likelihood.edge))
+    except UserError as error:
+        raise UserError(f"--dataset: no model is of '{dataset}': {error}") from error
     for field, value in ours.items():
         if value != theirs[field]:
             raise UserError(f"{field}: {value}; a published checkpoint of {dataset} would mean {theirs[field]}")

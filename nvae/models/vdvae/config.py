@@ -30,13 +30,13 @@ class VDVAEConfig(ConditionalConfig):
     decoder: str
     """Top-down latent blocks, `1x1,4m1,4x2,…`: `RxN` N at resolution R, `R` one, `RmK` one that first adds the state of
     resolution K, enlarged."""
-    width: int = Field(384, ge=1)
+    width: int = Field(384, ge=1, le=65_536)
     """Channels of the states, at the image's resolution and wherever `widths` does not say otherwise."""
     widths: str = ""
     """Channels at other resolutions, `512:32,256:64,…`; they never grow with the resolution."""
-    bottleneck: float = Field(0.25, gt=0)
+    bottleneck: float = Field(0.25, gt=0, le=64)
     """Channels inside a block, as a fraction of the width."""
-    latent_channels: int = Field(16, ge=1)
+    latent_channels: int = Field(16, ge=1, le=65_536)
     """Channels of a latent variable, Z."""
     bias_up_to: int = Field(64, ge=0)
     """Largest resolution at which the decoder's state starts from a learned bias; above, it starts from zeros."""

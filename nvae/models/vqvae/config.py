@@ -22,11 +22,11 @@ class VQVAEConfig(ModelConfig):
     factors: tuple[int, ...] = (4,)
     """How many times smaller each level's map of codes is than what lies below it, the finest level first: `[4]` is a
     VQ-VAE, `[4, 2]` a VQ-VAE-2 of two levels. Powers of 2."""
-    channels: int = Field(128, ge=2)
+    channels: int = Field(128, ge=2, le=65_536)
     """Channels between residual blocks, c."""
-    residual_channels: int = Field(64, ge=1)
+    residual_channels: int = Field(64, ge=1, le=65_536)
     """Channels inside them, r."""
-    blocks: int = Field(2, ge=0)
+    blocks: int = Field(2, ge=0, le=1000)
     """Residual blocks of each encoder and each decoder."""
     relu_before_blocks: bool = False
     """Whether encoders have one more ReLU before their blocks, as Sonnet's have."""

@@ -25,23 +25,23 @@ SLOW = 5.0
 
 
 class PixelSNAILConfig(Config):
-    channels: int = Field(256, ge=1)
+    channels: int = Field(256, ge=1, le=65_536)
     """Channels between blocks, c; divisible by 16 where there is attention."""
-    inner_channels: int = Field(256, ge=1)
+    inner_channels: int = Field(256, ge=1, le=65_536)
     """Channels inside gated blocks."""
-    kernel: int = Field(5, ge=2)
+    kernel: int = Field(5, ge=2, le=1000)
     """Side of the causal convolutions; an even one counts as one more."""
-    blocks: int = Field(4, ge=1)
+    blocks: int = Field(4, ge=1, le=1000)
     """Blocks, each of gated blocks and then, with `attention`, a look at all earlier positions."""
-    depth: int = Field(4, ge=1)
+    depth: int = Field(4, ge=1, le=1000)
     """Gated causal blocks in a block."""
     attention: bool = True
     """Whether blocks attend: worth its memory on maps up to 32×32."""
-    output_blocks: int = Field(0, ge=0)
+    output_blocks: int = Field(0, ge=0, le=1000)
     """Gated 1×1 blocks before the logits."""
-    condition_channels: int = Field(256, ge=1)
+    condition_channels: int = Field(256, ge=1, le=65_536)
     """Channels of what the maps above and the class say, r_c."""
-    condition_blocks: int = Field(3, ge=0)
+    condition_blocks: int = Field(3, ge=0, le=1000)
     """Gated 3×3 blocks over each map above."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Probability, inside gated blocks and on the weights of attention."""
