@@ -12,7 +12,6 @@ from ..core.distributed import check_same, rank, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision
 from ..data.codes import StoredCodes
-from ..data.images import Images
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
 from ..kernels.fusion import compile_each
@@ -63,7 +62,8 @@ def ready(
         refuse_idle(config)
     data, seed = config.data, config.seed
     images, held_out = open_images(data, "train"), open_images(data, "validation")
-    stream = _stream(config, images, device)
+    codes = StoredCodes(data, "train") if data.stored_codes else None
+    stream = TrainingStream(images, data, seed=seed, device=device, rank=rank(), world=world_size(), codes=codes)
     require_classes(images.labels, held_out.labels, config.model.classes)
     content = content_of({"train": images, "validation": held_out})
     source = _source(config) if saved is None else None
@@ -74,7 +74,6 @@ def ready(
     notes = continued(earlier.model_dump(mode="json"), resolved, allowed=config.allow_changes) if earlier else []
     if saved is not None:
         notes += changed_images(content_in(folder.path), content, allowed=config.allow_changes)
-
     schedule = _schedule(config.optim, config.train, images_per_update(config), len(images))
     state = _state(config, device, precision)
     warm = [] if source is None else start_from(source, state)
@@ -84,8 +83,8 @@ def ready(
     if foundation is not None:
         state.model.take_in(foundation)
     state.model.check_samples(config.train.validation_samples)
-    if stream.codes is not None:
-        state.model.check_codes(stream.codes.coding.first_stage, stream.codes.coding.made_by)
+    if codes is not None:
+        state.model.check_codes(codes.coding.first_stage, codes.coding.made_by)
     check_same(state.tensors(), device)
     if not state.begun:
         begin(state, images, data, seed)
@@ -104,8 +103,8 @@ def ready(
         precision=precision,
         resolved_config=resolved,
     )
-    notes = [f"changed since the last checkpoint: {note}" for note in notes]
-    return Ready(config, content, trainer, [*notes, *warm, _greeting(config, trainer)])
+    told = [*(f"changed since the last checkpoint: {note}" for note in notes), *warm, _greeting(config, trainer)]
+    return Ready(config, content, trainer, told)
 
 
 def _config_in(saved: dict[str, Any]) -> AnyRunConfig:
@@ -114,13 +113,6 @@ def _config_in(saved: dict[str, Any]) -> AnyRunConfig:
     if not isinstance(saved.get("config"), dict):
         raise UserError("the checkpoint's config: is missing or damaged")
     return run_config(saved["config"], "the checkpoint's config")
-
-
-def _stream(config: AnyRunConfig, images: Images, device: torch.device) -> TrainingStream:
-    """This rank's batches, with their codes where a store keeps them."""
-    data, share = config.data, {"rank": rank(), "world": world_size()}
-    codes = StoredCodes(data, "train") if data.stored_codes else None
-    return TrainingStream(images, data, seed=config.seed, device=device, codes=codes, **share)
 
 
 def require_classes(labels: torch.Tensor, held_out: torch.Tensor, classes: int) -> None:
