@@ -30,6 +30,7 @@ ALLOCATION_FAILED = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator",
+    "could not create a primitive",
     "can't start new thread",
     "std::bad_alloc",
 )

@@ -78,10 +78,10 @@ def _enter(folder: Path, material: Path) -> None:
 def _judged(case: Case, name: str, answer: Answer, words: tuple[str, ...], tried: str) -> Result:
     """Refused by a line with one of the words, all that was saved whole; afterwards the job comes to its usual end."""
     tried = f"{name}, {tried}: code {answer.code}: {answer.err.strip()[-300:]}"
-    said = answer.err.strip().splitlines()[-1:] or [""]
+    said = answer.err.partition("error: ")[2]
     if damage := not_whole(Path.cwd()):
         return Result(Verdict.LOST, f"{tried}: {damage}")
-    if answer.code not in (0, 2) or (answer.code == 2 and not any(word in said[0] for word in words)):
+    if answer.code not in (0, 2) or (answer.code == 2 and not any(word in said for word in words)):
         return Result(Verdict.BROKEN, tried)
     job = JOBS[name]
     if finished(job) != [0]:
