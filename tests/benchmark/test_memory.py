@@ -77,6 +77,7 @@ def test_fake_tensors_count_as_real_ones() -> None:
     assert step_memory(MODEL, batch=2).kept == kept
 
 
+@pytest.mark.slow
 def test_autograds_own_account_is_what_an_image_keeps(tiny_config: Callable[..., NVAEConfig]) -> None:
     """Counted by hooks and as living storage; the output is alive as well."""
     config = tiny_config(objective={"spectral": 0})
@@ -85,12 +86,14 @@ def test_autograds_own_account_is_what_an_image_keeps(tiny_config: Callable[...,
     assert 0.9 * (living_four - living_two) < four - two <= living_four - living_two
 
 
+@pytest.mark.slow
 def test_recomputation_and_mixed_precision_keep_less() -> None:
     everything = step_memory(MODEL, batch=4)
     assert step_memory(MODEL, batch=4, recompute="cells").kept < 0.5 * everything.kept
     assert step_memory(MODEL, batch=4, precision=torch.bfloat16).kept < 0.8 * everything.kept
 
 
+@pytest.mark.slow
 def test_memory_grows_in_proportion_to_the_batch() -> None:
     two, three, four = (step_memory(MODEL, batch).kept for batch in (2, 3, 4))
     assert four - three == three - two

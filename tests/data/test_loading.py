@@ -264,6 +264,7 @@ def test_an_image_that_cannot_be_read_ends_in_its_own_words() -> None:
     assert str(caught.value) == "image 4 is bad"
 
 
+@pytest.mark.slow
 def test_a_loader_process_that_dies_ends_in_one_line() -> None:
     with pytest.raises(UserError, match=r"^data\.workers: a loader process was killed[^\n]*$"):
         take(Lazy(numbered(10), deadly=4), 4, workers=1)

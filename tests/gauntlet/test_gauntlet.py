@@ -11,7 +11,9 @@ from tests.gauntlet.running import material_of, run_group
 
 QUICK = ("configs", "command-lines", "checkpoints", "images", "hostile")
 """Groups without processes that are started, killed and started again."""
-SLOW = [name for name, group in GROUPS.items() if group.short and name not in QUICK]
+SLOW = [name for name, group in GROUPS.items() if group.short and name not in (*QUICK, "kills")]
+KILLS = pytest.param("kills", marks=(pytest.mark.full, pytest.mark.timeout(1800)))
+"""A minute for every three: tests of resuming kill runs at every change."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def run_few(name: str, folder: Path) -> None:
     reporting.write(folder / f"{name}.json", reporting.found(group, records, 0))
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), KILLS])
 def test_a_few_cases_of_a_group_pass(name: str, folder: Path) -> None:
     process = start(run_few, name, folder)
     process.join()

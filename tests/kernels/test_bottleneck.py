@@ -178,6 +178,7 @@ def test_each_separable_cell_and_each_shift_cell_is_one_function(tiny_config: Ca
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.slow
 def test_compiled_it_says_the_same(tiny_config: Callable[..., NVAEConfig], backend: str) -> None:
     model = NVAE(tiny_config(flows=1)).eval().for_inference()
     images, noise = torch.rand(2, 3, 8, 8), [torch.randn(shape) for shape in model.latent_shapes(2)]

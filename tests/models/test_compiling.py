@@ -82,6 +82,7 @@ def test_no_graph_breaks(tiny_config: Callable[..., NVAEConfig]) -> None:
 
 
 @pytest.mark.usefixtures("without_code")
+@pytest.mark.slow
 def test_too_many_kinds_are_an_error_and_not_a_return_to_uncompiled_code(
     tiny_config: Callable[..., NVAEConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ def sample_on_this_rank(path: Path) -> None:
         save_file({"images": images}, path / f"{world_size()}.safetensors")
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     sample_on_this_rank(tmp_path)
     run_ranks(3, sample_on_this_rank, tmp_path)

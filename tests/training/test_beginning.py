@@ -171,12 +171,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_rank_is_given_what_all_of_them_take_in_a_pass(two: Path) -> None:
     first, second = (torch.load(two / f"first-{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first) == 32
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_two_processes_begin_and_train_as_one(two: Path, tmp_path: Path) -> None:
     """Also where their results differ in the last bit: the first rank's is that of both."""
     assert train_in(tmp_path, tiny_run(*RES_ELU, "data.batch=32", "data.global_batch=64")) == "finished"

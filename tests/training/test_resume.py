@@ -223,6 +223,7 @@ def everyone_is_told_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_loader_processes_change_nothing_and_outlive_the_signal(
     tmp_path: Path, pictures: Path, at_step: Callable[[int, Callable[[], Any]], None]
 ) -> None:

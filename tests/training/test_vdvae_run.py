@@ -188,6 +188,7 @@ def _train_rank(folder: Path) -> None:
     train_in(folder, config("data.batch=16"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(trained: Path, tmp_path: Path) -> None:
     processes = start_ranks(2, _train_rank, tmp_path)
     for process in processes:
