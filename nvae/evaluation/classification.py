@@ -87,7 +87,7 @@ class Classifier(nn.Module):
 
     def accuracy(self, found: LabelledImages) -> float:
         """Top-1, the fraction of images whose class is thought to be the likeliest."""
-        return float((self.probabilities(found.images).argmax(1) == found.labels).double().mean())
+        return _share(self.probabilities(found.images).argmax(1) == found.labels)
 
 
 def _two_layers(channels: int, sides: Sequence[int], classes: int, config: ClassifierConfig) -> nn.Sequential:
@@ -210,6 +210,11 @@ def scores(
         "accuracy": {name: classifier.accuracy(test) for name, classifier in classifiers.items()},
         "training_images": {name: len(images) for name, images in sets.items()},
         "test_images": len(test),
-        "agreement": float(agreed.double().mean()),
-        "agreement_by_class": {label: float(those.double().mean()) for label, those in by_class.items()},
+        "agreement": _share(agreed),
+        "agreement_by_class": {label: _share(those) for label, those in by_class.items()},
     }
+
+
+def _share(found: Tensor) -> float:
+    """The fraction of a bool tensor that is true."""
+    return int(found.sum()) / len(found)

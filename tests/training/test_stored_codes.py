@@ -113,7 +113,7 @@ def refused(runs: Path, config: AnyRunConfig) -> str:
 def test_codes_of_another_first_stage_are_refused_by_name(first: Path, store: Path, tmp_path: Path) -> None:
     assert train_in(tmp_path, first_config(*GREY, "seed=1", "train.steps=1")) == "finished"
     words = refused(tmp_path, on(store, tmp_path / "tiny", "data.stored_codes=true"))
-    assert f"{store} keeps the codes of {first} (" in words and "another first stage (" in words
+    assert f"the store keeps the codes of {first} (" in words and "another first stage (" in words
 
 
 def test_a_decoder_that_trained_on_is_no_other_first_stage(first: Path, store: Path, tmp_path: Path) -> None:
