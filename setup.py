@@ -21,7 +21,17 @@ setup(
     entry_points={
         "console_scripts": [
             f"nvae-{name} = nvae.commands.{name}:main"
-            for name in ("train", "evaluate", "sample", "prepare", "convert", "join", "benchmark")
+            for name in (
+                "train",
+                "evaluate",
+                "sample",
+                "prepare",
+                "convert",
+                "join",
+                "benchmark",
+                "compress",
+                "decompress",
+            )
         ]
     },
     install_requires=[
@@ -51,8 +61,10 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "torch-fidelity>=0.4",
+            "constriction>=0.4",
         ],
         "fid": ["torch-fidelity>=0.4"],
+        "codec": ["constriction>=0.4"],
         "wandb": ["wandb>=0.31"],
         "hub": ["huggingface_hub"],
     },

@@ -27,6 +27,8 @@ Recomputation = Literal["none", "activations", "cells"]
 Temperature = float | Sequence[float]
 Noise = Sequence[Tensor]
 Metrics = dict[str, Tensor]
+Chooser = Callable[[Tensor], Tensor]
+"""Picks codes (B,) int64 by their logits (B, K)."""
 
 
 # ------------------------------------------------------------------------------------------------ what families give
@@ -235,6 +237,14 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """The shape of each group's noise for n images, which is that of its z, top-down."""
 
+    def unfold(self, choose: Chooser, n: int, labels: Tensor | None = None) -> Likelihood:
+        """Of n images whose discrete latents are chosen one after the other: what their codes decode to.
+
+        Every code's logits are those that the prior gives it after the ones chosen before. Raises UserError for a
+        family that offers none.
+        """
+        raise UserError(f"{type(self).__name__}: its latents cannot be chosen one by one")
+
     # -------------------------------------------------------------------------------------------------- kept codes
 
     def coding(self) -> str:
@@ -253,8 +263,11 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         raise UserError(f"data.stored_codes: {type(self).__name__} trains on images, not on codes; leave it out")
 
     def codes_of(self, x: Tensor) -> list[Tensor]:
-        """Those of images (B, C, H, W) in [0, 1]: (B, h, w) int64 of each group, top-down."""
-        raise NotImplementedError
+        """Those of images (B, C, H, W) in [0, 1]: (B, h, w) int64 of each group, top-down.
+
+        Raises UserError for a family whose images have none.
+        """
+        raise UserError(f"{type(self).__name__}: its images have no codes")
 
     # ----------------------------------------------------------------------------------------------------- training
 

@@ -23,6 +23,7 @@ from ...bricks.recomputation import Recomputable
 from ...core.errors import UserError
 from ...core.precision import in_float64
 from ..base import (
+    Chooser,
     Density,
     Family,
     FirstImages,
@@ -37,6 +38,7 @@ from ..base import (
 from ..config import ModelConfig
 from .config import VQVAEConfig
 from .network import Choice, Network, chosen_nearest
+from .pixelsnail import MapShape
 
 FIRST = 64
 """Images whose vectors the first codes are drawn from."""
@@ -128,6 +130,13 @@ class VQVAE(Family[VQVAEConfig]):
         for level in range(len(given), len(values)):
             values[level] = values[level] * bool(scales[level])
         return self.likelihood(values)
+
+    @torch.no_grad()
+    def unfold(self, choose: Chooser, n: int, labels: Tensor | None = None) -> Likelihood:
+        """Map by map, top-down, in raster order; all codes have the same logits."""
+        self.check_labels(labels, n)
+        like = next(self.parameters())
+        return self.likelihood(self.network.values([uniformly(choose, n, shape, like) for shape in self.config.maps]))
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, 1, h, w) of each level, top-down."""
@@ -246,6 +255,13 @@ def metrics_of(output: Output) -> Metrics:
 def rescaled(images: Tensor) -> Tensor:
     """From [0, 1] to [−1, 1]."""
     return (2 * images - 1).contiguous(memory_format=torch.channels_last)
+
+
+def uniformly(choose: Chooser, n: int, shape: MapShape, like: Tensor) -> Tensor:
+    """A map (n, h, w) of chosen codes that are all equally likely."""
+    logits = like.new_zeros(n, shape.codes)
+    codes = [choose(logits) for _ in range(shape.height * shape.width)]
+    return torch.stack(codes, dim=1).reshape(n, shape.height, shape.width)
 
 
 def uniform_codes(noise: Tensor, codes: int) -> Tensor:

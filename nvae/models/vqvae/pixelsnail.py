@@ -4,7 +4,7 @@ Razavi et al. 2019 §3.2; spec_vqvae §4).
 Shapes: B batch, K codes, h w space of the map, c channels, r_c those of the condition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -209,17 +209,26 @@ class PixelSNAIL(Recomputable):
         if guided and labels is not None:
             condition = _both(condition, self.condition(above, torch.full_like(labels, -1)))
         times = 2 if guided else 1
-        codes = torch.zeros(times * len(noise), *noise.shape[2:], dtype=torch.int64, device=noise.device)
-        uniform = torch.special.ndtr(in_float64(noise[:, 0]))
-        walk = Walk(*codes.shape[1:])
-        total, quiet = codes[0].numel(), rank() != 0
-        for row, column in tqdm(walk, "drawing codes", total, delay=SLOW, mininterval=1, leave=False, disable=quiet):
-            logits = self.step(codes, walk, condition)
+        uniform = iter(torch.special.ndtr(in_float64(noise.flatten(1))).unbind(1))
+
+        def drawn(logits: Tensor) -> Tensor:
             if guided:
                 known, unknown = logits.chunk(2)
                 logits = (1 + guidance) * known - guidance * unknown
-            codes[:, row, column] = chosen(logits, temperature, uniform[:, row, column]).repeat(times)
-        return codes[: len(noise)]
+            return chosen(logits, temperature, next(uniform)).repeat(times)
+
+        return self.unfold(drawn, times * len(noise), condition)[: len(noise)]
+
+    @torch.no_grad()
+    def unfold(self, choose: Callable[[Tensor], Tensor], n: int, condition: Tensor | None = None) -> Tensor:
+        """n maps (n, h, w) of the codes (n,) that are chosen by the logits (n, K) of one position after the other."""
+        codes = torch.zeros(n, self.shape.height, self.shape.width, dtype=torch.int64, device=self.places.device)
+        walk, quiet = Walk(self.shape.height, self.shape.width), rank() != 0
+        for row, column in tqdm(
+            walk, "drawing codes", codes[0].numel(), delay=SLOW, mininterval=1, leave=False, disable=quiet
+        ):
+            codes[:, row, column] = choose(self.step(codes, walk, condition))
+        return codes
 
 
 def chosen(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_di
 from ...core.errors import UserError
 from ...core.precision import in_float64
 from ..base import (
+    Chooser,
     Family,
     FirstImages,
     LatentKind,
@@ -30,7 +31,7 @@ from ..base import (
 )
 from ..config import ModelConfig
 from .config import VQVAEPriorConfig
-from .model import FIRST, VQVAE, Features, metrics_of, uniform_codes
+from .model import FIRST, VQVAE, Features, metrics_of, uniform_codes, uniformly
 from .network import chosen_nearest
 from .pixelsnail import PixelSNAIL
 
@@ -130,6 +131,19 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
                 continue
             drawn = prior.draw(noise[level], indices, labels, temperature=scales[level], guidance=self.guidance)
             indices.append(drawn)
+        return self.first.likelihood(self.first.network.values(indices))
+
+    @torch.no_grad()
+    def unfold(self, choose: Chooser, n: int, labels: Tensor | None = None) -> Likelihood:
+        """Map by map, top-down, in raster order; where a level has no prior, the logits are all the same."""
+        self.check_labels(labels, n)
+        indices: list[Tensor] = []
+        for level, shape in enumerate(self.first.config.maps):
+            prior = self.prior(level)
+            if prior is None:
+                indices.append(uniformly(choose, n, shape, self.spread))
+            else:
+                indices.append(prior.unfold(choose, n, prior.condition(indices, labels)))
         return self.first.likelihood(self.first.network.values(indices))
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:

@@ -1,0 +1,1 @@
+"""Lossless compression: images as the bits that a model's bound says they take."""
