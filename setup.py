@@ -15,13 +15,13 @@ setup(
     packages=[*find_packages(include=["nvae", "nvae.*"]), "nvae.configs"],
     package_dir={"nvae.configs": "configs"},
     package_data={
-        "nvae": ["py.typed", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"],
+        "nvae": ["py.typed", "benchmark/*.json", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"],
         "nvae.configs": ["*.yaml"],
     },
     entry_points={
         "console_scripts": [
             f"nvae-{name} = nvae.commands.{name}:main"
-            for name in ("train", "evaluate", "sample", "prepare", "convert", "join", "benchmark")
+            for name in ("train", "evaluate", "sample", "prepare", "convert", "join", "benchmark", "doctor")
         ]
     },
     install_requires=[

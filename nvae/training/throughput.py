@@ -1,0 +1,53 @@
+"""How much of a device training uses: operations counted from shapes, held against what its maker says it can do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..core.precision import Precision
+from ..kernels.operations import using
+from ..models.base import Family
+from ..models.config import ModelConfig
+from ..models.registry import build
+
+PEAKS: dict[str, dict[str, float]] = {
+    "V100": {"fp32": 15.7, "fp16": 125},
+    "T4": {"fp32": 8.1, "fp16": 65},
+    "A10": {"fp32": 31.2, "tf32": 62.5, "bf16": 125, "fp16": 125},
+    "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
+    "L4": {"fp32": 30.3, "tf32": 60, "bf16": 121, "fp16": 121},
+    "L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362, "fp16": 362},
+    "H100": {"fp32": 67, "tf32": 495, "bf16": 990, "fp16": 990},
+    "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756},
+    "H200": {"fp32": 67, "tf32": 495, "bf16": 990, "fp16": 990},
+}
+"""TFLOP/s of dense products by precision, without sparsity, from NVIDIA's data sheets of each GPU (V100 SXM2, 2020; T4,
+2019; A10, 2021; A100, 2021; L4 and L40S, 2023; H100 SXM5 and PCIe, 2023; H200 SXM, 2023)."""
+
+
+def peak_tflops(name: str, precision: Precision) -> float | None:
+    """What a GPU of that name does at most in a precision; None where the table does not know."""
+    words = name.replace("-", " ").split()
+    known = [model for model in PEAKS if all(word in words for word in model.split())]
+    return PEAKS[max(known, key=len)].get(precision) if known else None
+
+
+def training_flop(model: Family[Any], images: Tensor) -> float:
+    """Operations of the products of a training step on images, from their shapes as the model computes them plainly.
+
+    A product and a sum are two; input and weight gradients take as many as the forward pass. What recomputation repeats
+    is not counted.
+    """
+    with using("plain"), FlopCounterMode(display=False) as counter:
+        model(images)
+    return float(3 * counter.get_total_flops())
+
+
+def flop_per_image(config: ModelConfig) -> float:
+    """The same for one image, counted on tensors that have shapes and no numbers."""
+    with FakeTensorMode():
+        images = torch.zeros(1, config.image_channels, config.image_size, config.image_size)
+        return training_flop(build(config).train(), images)
