@@ -32,7 +32,6 @@ def matrix_peak(device: torch.device, precision: Precision, size: int | None = N
     return 2 * size**3 / median(seconds[2:]) / 1e9
 
 
-@torch.no_grad()
 def training_gflop(model: Family[Any], images: Tensor) -> float:
     """GFLOP of the products of a training step on images, as `training_flop` counts them."""
     return training_flop(model.eval(), images) / 1e9

@@ -18,6 +18,7 @@ from ..core.precision import Precision, precision_on
 from ..models.base import Recomputation
 from ..models.config import ModelConfig
 from ..models.registry import build
+from ..models.vdvae.config import VDVAEConfig
 from ..training.config import AnyRunConfig, read_run_config
 from ..training.throughput import flop_per_image
 from .memory import step_memory
@@ -135,6 +136,8 @@ def count(file: Path) -> Demand:
 def model_of(file: Path) -> ModelConfig:
     """The model of a recipe; one that is built on the run of another recipe has that one's model in it."""
     config: ModelConfig = read_run_config(file, []).model
+    if isinstance(config, VDVAEConfig) and config.input_mean is None:  # measured when a run begins
+        return config.model_copy(update={"input_mean": 0.0, "input_std": 1.0})
     if config.foundation is None:
         return config
     return config.built_on(model_of(file.with_name(f"{Path(config.foundation).name}.yaml")))

@@ -1,5 +1,8 @@
-"""How much of a device training uses: operations counted from shapes, held against what its maker says it can do."""
+"""How fast a run is and what it takes of its device: speed against what the maker names, memory."""
 
+import time
+import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -7,6 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..core.distributed import world_size
+from ..core.memory import MIB, peak_mib
 from ..core.precision import Precision
 from ..kernels.operations import using
 from ..models.base import Family
@@ -39,7 +44,7 @@ def training_flop(model: Family[Any], images: Tensor) -> float:
     """Operations of the products of a training step on images, from their shapes as the model computes them plainly.
 
     A product and a sum are two; input and weight gradients take as many as the forward pass. What recomputation repeats
-    is not counted.
+    is not counted. Call it where gradients are taken: the counter cannot do without.
     """
     with using("plain"), FlopCounterMode(display=False) as counter:
         model(images)
@@ -51,3 +56,44 @@ def flop_per_image(config: ModelConfig) -> float:
     with FakeTensorMode():
         images = torch.zeros(1, config.image_channels, config.image_size, config.image_size)
         return training_flop(build(config).train(), images)
+
+
+class Meter:
+    """Speed and memory of a run since its clock was started, one reading a line of numbers."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, precision: Precision) -> None:
+        self.config, self.device = config, device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak_tflops = peak_tflops(name, precision)
+        self.start(0)
+
+    def start(self, images: int) -> None:
+        """Starts the clock, at so many images seen by all ranks."""
+        self._since = (time.perf_counter(), images)
+
+    def read(self, images: int) -> dict[str, float]:
+        """What this process needed since the clock was started, which starts again.
+
+        On CUDA with `reserved_memory_mib`, most that PyTorch has kept of the device; where its peak is known, with
+        `tflops` of each device and their `share_of_peak`.
+        """
+        then, images_then = self._since
+        rate = (images - images_then) / (time.perf_counter() - then)
+        numbers = {"images_per_second": rate, "peak_memory_mib": peak_mib(self.device)}
+        if self.device.type == "cuda":
+            numbers["reserved_memory_mib"] = torch.cuda.max_memory_reserved(self.device) / MIB
+        if self.peak_tflops is not None and self._flop is not None:
+            tflops = rate / world_size() * self._flop / 1e12
+            numbers |= {"tflops": tflops, "share_of_peak": tflops / self.peak_tflops}
+        self.start(images)
+        return numbers
+
+    @cached_property
+    def _flop(self) -> float | None:
+        """Of an image; None, and a line says so, for a model that cannot be counted."""
+        try:
+            return flop_per_image(self.config)
+        except Exception as error:  # of a family of somebody's own
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"no TFLOP/s in the log: {type(error).__name__}: {reason}", stacklevel=2)
+            return None
