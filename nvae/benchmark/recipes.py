@@ -44,8 +44,11 @@ class Demand:
     """By recomputation, at either batch: most that is alive beside weights, their average and moments."""
 
     def peak(self, recompute: Recomputation, batch: int) -> float:
-        """MiB at a batch: on the line through both counts, and never below the gradients of the weights."""
-        (few, many), (low, high) = self.batches, self.peaks[recompute]
+        """MiB at a batch: on the line through both counts, and never below the gradients of the weights.
+
+        With `activations` made again it is at most what it is without.
+        """
+        (few, many), (low, high) = self.batches, self.peaks["cells" if recompute == "cells" else "none"]
         line = low + (high - low) / (many - few) * (batch - few)
         return max(line, 4 * self.parameters / MIB)
 
@@ -71,24 +74,27 @@ class Recommendation:
 def recommended(
     config: AnyRunConfig, demand: Demand, device: torch.device, mib: float, devices: int
 ) -> Recommendation | None:
-    """The first that fits devices of so much memory: the recipe as it is, whole cells recomputed, smaller batches.
+    """The first that fits devices of so much memory: the largest batch, down to the recipe's own; that one with whole
+    cells recomputed; smaller ones.
 
-    An update sees as many images as the recipe has it see. None where one image at a time is too much.
+    The larger a pass, the more images its batch statistics span, and the less the host launches. An update sees as many
+    images as the recipe has it see. None where one image at a time is too much.
     """
     data, asked = config.data, config.train.recompute
     total = data.global_batch or data.batch * devices
     share = total // devices if total % devices == 0 else total
+    batches = [n for n in range(share, 0, -1) if share % n == 0]
+    options = [(n, asked) for n in batches if n >= data.batch]
+    options += [(n, mode) for n in batches if n <= data.batch for mode in dict.fromkeys((asked, MODES[-1]))]
     beside = demand.beside(config.optim.ema is not None)
-    modes = dict.fromkeys((asked, "cells")) if asked in MODES else MODES
-    for batch in [n for n in range(min(data.batch, share), 0, -1) if share % n == 0]:
-        for recompute in modes:
-            needed = beside + demand.peak(recompute, batch)
-            if needed <= USABLE * mib:
-                precision, overrides = _precision(config, device)
-                overrides += [f"train.recompute={recompute}"] if recompute != asked else []
-                overrides += [f"data.batch={batch}"] if batch != data.batch else []
-                overrides += [f"data.global_batch={total}"] if batch != data.batch and data.global_batch is None else []
-                return Recommendation(overrides, precision, recompute, batch, needed)
+    for batch, recompute in options:
+        needed = beside + demand.peak(recompute, batch)
+        if needed <= USABLE * mib:
+            precision, overrides = _precision(config, device)
+            overrides += [f"train.recompute={recompute}"] if recompute != asked else []
+            overrides += [f"data.batch={batch}"] if batch != data.batch else []
+            overrides += [f"data.global_batch={total}"] if batch != data.batch and data.global_batch is None else []
+            return Recommendation(overrides, precision, recompute, batch, needed)
     return None
 
 

@@ -147,7 +147,8 @@ def recommendation(
     if found is None:
         return Finding(name, "one image at a time is too much for this device's memory")
     words = " ".join(found.overrides) or "as it is"
-    taken = f"{found.precision}, {found.batch} images at once: {found.mib / 1024:.1f} GiB"
+    images = f"{found.batch} image{'s' if found.batch > 1 else ''} at once"
+    taken = f"{found.precision}, {images}: {found.mib / 1024:.1f} GiB"
     return Finding(name, f"{words} ({taken})", figures=asdict(found))
 
 

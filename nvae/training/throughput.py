@@ -20,6 +20,7 @@ from ..models.registry import build
 
 PEAKS: dict[str, dict[str, float]] = {
     "V100": {"fp32": 15.7, "fp16": 125},
+    "V100 PCIE": {"fp32": 14, "fp16": 112},
     "T4": {"fp32": 8.1, "fp16": 65},
     "A10": {"fp32": 31.2, "tf32": 62.5, "bf16": 125, "fp16": 125},
     "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
@@ -27,10 +28,13 @@ PEAKS: dict[str, dict[str, float]] = {
     "L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362, "fp16": 362},
     "H100": {"fp32": 67, "tf32": 495, "bf16": 990, "fp16": 990},
     "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756},
+    "H100 NVL": {"fp32": 60, "tf32": 418, "bf16": 835, "fp16": 835},
     "H200": {"fp32": 67, "tf32": 495, "bf16": 990, "fp16": 990},
+    "H200 NVL": {"fp32": 60, "tf32": 418, "bf16": 835, "fp16": 835},
 }
-"""TFLOP/s of dense products by precision, without sparsity, from NVIDIA's data sheets of each GPU (V100 SXM2, 2020; T4,
-2019; A10, 2021; A100, 2021; L4 and L40S, 2023; H100 SXM5 and PCIe, 2023; H200 SXM, 2023)."""
+"""TFLOP/s of dense products by precision, from NVIDIA's data sheet of each GPU; half of what is named with sparsity.
+
+A plain name is the SXM form. Of two names that fit, the longer one counts."""
 
 
 def peak_tflops(name: str, precision: Precision) -> float | None:

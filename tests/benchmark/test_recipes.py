@@ -34,6 +34,24 @@ def test_the_least_change_that_fits_is_recommended(mib: float, overrides: list[s
     assert found.mib <= 0.9 * mib
 
 
+def test_as_many_images_go_through_at_once_as_fit() -> None:
+    config = tiny_run("data.global_batch=256")
+    found = recommended(config, DEMAND, CPU, mib=1500, devices=1)  # 128 images take 1280 MiB
+    assert found is not None and (found.batch, found.overrides) == (128, ["data.batch=128"])
+
+
+def test_recomputed_activations_stay_where_they_fit() -> None:
+    found = recommended(tiny_run("train.recompute=activations"), DEMAND, CPU, mib=400, devices=1)
+    assert found is not None and (found.recompute, found.overrides) == ("activations", [])
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_mixed_precision_is_that_of_the_gpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, precision: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    found = recommended(tiny_run("train.precision=mixed"), DEMAND, torch.device("cuda"), mib=400, devices=1)
+    assert found is not None and (found.precision, found.overrides) == (precision, [])
+
+
 def test_what_fits_in_no_way_is_not_recommended() -> None:
     assert recommended(tiny_run(), DEMAND, CPU, mib=5, devices=1) is None
 

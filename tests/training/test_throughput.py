@@ -31,6 +31,8 @@ MODEL = read_run_config(ROOT / "configs" / "vdvae_digits.yaml", []).model
         ("NVIDIA L40S", "bf16", 362),
         ("NVIDIA H100 80GB HBM3", "bf16", 990),
         ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H100 NVL", "bf16", 835),
+        ("Tesla V100-PCIE-16GB", "fp16", 112),
         ("NVIDIA H200", "fp32", 67),
         ("NVIDIA GeForce RTX 4090", "bf16", None),
         ("", "fp32", None),
