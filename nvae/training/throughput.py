@@ -56,10 +56,11 @@ def training_flop(model: Family[Any], images: Tensor) -> float:
 
 
 def flop_per_image(config: ModelConfig) -> float:
-    """The same for one image, counted on tensors that have shapes and no numbers."""
+    """The same for one image, counted on tensors that have shapes and no numbers. Other ranks are asked nothing."""
     with FakeTensorMode():
-        images = torch.zeros(1, config.image_channels, config.image_size, config.image_size)
-        return training_flop(build(config).train(), images)
+        model = build(config).eval()  # no statistics of a batch, which would span the ranks
+        model.training = True  # no look at the images, which have no numbers
+        return training_flop(model, torch.zeros(1, config.image_channels, config.image_size, config.image_size))
 
 
 class Meter:

@@ -10,6 +10,7 @@ import torch
 from places import ROOT
 
 from nvae.benchmark.machine import training_gflop
+from nvae.core import distributed
 from nvae.core.memory import MIB
 from nvae.models.nvae.config import NVAEConfig
 from nvae.models.registry import build
@@ -53,6 +54,15 @@ def test_counting_leaves_the_random_numbers_alone(tiny_config: Callable[..., NVA
     before = torch.get_rng_state()
     flop_per_image(tiny_config())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("recipe", ["debug", "vqvae_digits", "vdvae_cifar10"])
+def test_counting_asks_other_ranks_nothing(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are none to answer."""
+    config = read_run_config(ROOT / "configs" / f"{recipe}.yaml", []).model
+    alone = flop_per_image(config)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    assert flop_per_image(config) == alone > 0
 
 
 @pytest.fixture
