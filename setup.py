@@ -4,6 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+COMMANDS = (
+    "train", "evaluate", "sample", "prepare", "convert", "join", "compress", "decompress", "benchmark", "doctor"
+)  # fmt: skip
+
 setup(
     name="nvae",
     version="0.1.0",
@@ -15,23 +19,13 @@ setup(
     packages=[*find_packages(include=["nvae", "nvae.*"]), "nvae.configs"],
     package_dir={"nvae.configs": "configs"},
     package_data={
-        "nvae": ["py.typed", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"],
+        "nvae": ["py.typed", "benchmark/*.json", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"],
         "nvae.configs": ["*.yaml"],
     },
     entry_points={
         "console_scripts": [
             f"nvae-{name} = nvae.commands.{name}:main"
-            for name in (
-                "train",
-                "evaluate",
-                "sample",
-                "prepare",
-                "convert",
-                "join",
-                "benchmark",
-                "compress",
-                "decompress",
-            )
+            for name in COMMANDS
         ]
     },
     install_requires=[

@@ -1,1 +1,1 @@
-"""How fast, and with how much memory: what scripts/benchmark.py measures."""
+"""How fast, and with how much memory: what scripts/benchmark.py measures; and what a machine has, for nvae-doctor."""

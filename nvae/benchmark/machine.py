@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import UserError
 from ..core.precision import AUTOCAST, Precision, allow_tf32
-from ..kernels.operations import using
 from ..models.base import Family
+from ..training.throughput import training_flop
 from .timing import synchronise
 
 
@@ -33,15 +32,9 @@ def matrix_peak(device: torch.device, precision: Precision, size: int | None = N
     return 2 * size**3 / median(seconds[2:]) / 1e9
 
 
-@torch.no_grad()
 def training_gflop(model: Family[Any], images: Tensor) -> float:
-    """GFLOP of the products of a training step on images, counted from their shapes as the model computes them plainly.
-
-    A product and a sum are two; input and weight gradients take as many as the forward pass.
-    """
-    with using("plain"), FlopCounterMode(display=False) as counter:
-        model.eval()(images)
-    return float(3 * counter.get_total_flops() / 1e9)
+    """GFLOP of the products of a training step on images, as `training_flop` counts them."""
+    return training_flop(model.eval(), images) / 1e9
 
 
 def description(device: torch.device) -> dict[str, str | int]:

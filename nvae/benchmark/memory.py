@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..bricks.regularizers import SpectralPenalty
 from ..models.base import Family, Metrics, Output, Recomputation
 from ..models.config import ModelConfig
 from ..models.registry import build
@@ -74,6 +75,9 @@ def _inputs(config: ModelConfig, batch: int, recompute: Recomputation) -> tuple[
     """A model in training mode, images and noise."""
     model = build(config).train()
     model.set_recomputation(recompute)
+    for part in model.modules():
+        if isinstance(part, SpectralPenalty):
+            part.first_iterations = part.iterations  # more of them take as much memory, and minutes here
     images = torch.zeros(batch, config.image_channels, config.image_size, config.image_size)
     return model, images, [torch.zeros(shape) for shape in model.latent_shapes(batch)]
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..benchmark.depthwise import ROWS, SHAPES, depthwise_times
 from ..benchmark.drawing import drawing
 from ..benchmark.extent import memory_growth, over_batches, over_groups, saved_mib_per_image, seconds_to_first_update
 from ..benchmark.loading import decoder_rate, loader_rate, resident_milliseconds
@@ -30,7 +31,7 @@ from ..benchmark.stores import made_store
 from ..benchmark.timing import in_turns
 from ..benchmark.workloads import MODELS, WORK, Way, Workload, model_named
 from ..core.devices import device_of
-from ..core.precision import AUTOCAST, precision_on
+from ..core.precision import AUTOCAST, allow_tf32, precision_on
 from ..data.config import DataConfig
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
@@ -225,12 +226,29 @@ def draw(args: argparse.Namespace) -> Table:
     return lines, dict(figures)
 
 
+def depthwise(args: argparse.Namespace) -> Table:
+    """Depthwise convolutions of the recipes' sizes in each precision, forward and backward, beside PyTorch's."""
+    device = device_of(args.device, "--device")
+    lines, figures = ["depthwise: forward and backward, ms, times as fast as PyTorch's in channels-last"], {}
+    for precision in args.precision:
+        allow_tf32(precision_on(device, precision, "--precision"))
+        for shape in SHAPES:
+            times = depthwise_times(shape, AUTOCAST.get(precision, torch.float32), args.rounds, device)
+            found = {way: times.summary(way, ROWS) for way in times.seconds}
+            figures[f"{shape.recipe} {precision}"] = found
+            size = f"{shape.batch} × {shape.channels} × {shape.side}²"
+            lines.append(f"{shape.recipe}, {size}, {precision}")
+            lines += [f"  {way:24} {row['milliseconds']:8.2f} {row['faster']:6.2f}×" for way, row in found.items()]
+    return lines, figures
+
+
 ACTIONS: dict[str, Callable[[argparse.Namespace], Table]] = {
     **{what: partial(speed, what=what) for what in WORK},
     "memory": memory,
     "scaling": scaling,
     "data": data,
     "draw": draw,
+    "depthwise": depthwise,
 }
 
 

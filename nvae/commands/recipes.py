@@ -21,5 +21,9 @@ def recipe(name: str) -> Path:
     for folder in FOLDERS:
         if (found := folder / f"{path.stem if path.suffix == '.yaml' else name}.yaml").is_file():
             return found
-    known = sorted({file.stem for folder in FOLDERS for file in folder.glob("*.yaml")})
-    raise UserError(f"{name}: no such file, nor a recipe{nearest(path.stem, known) or '; there are none here'}")
+    raise UserError(f"{name}: no such file, nor a recipe{nearest(path.stem, recipes()) or '; there are none here'}")
+
+
+def recipes() -> dict[str, Path]:
+    """Every recipe by its name, in the order of names."""
+    return dict(sorted((file.stem, file) for folder in FOLDERS for file in folder.glob("*.yaml")))

@@ -176,11 +176,16 @@ def computing_type(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def operations() -> tuple["Operation[..., Any]", ...]:
+    """All there are."""
+    return tuple(_operations.values())
+
+
 def settle(device: torch.device, dtypes: Iterable[torch.dtype]) -> None:
     """Judges all implementations for a device now, and lets all ranks use the same ones."""
     if is_plain():
         return
-    for operation in _operations.values():
+    for operation in operations():
         names = TABLE[operation.name].get(device.type, ())
         for dtype in dtypes:
             sound = [name for name in names if operation._is_sound(name, device, dtype)]
@@ -202,6 +207,6 @@ def load(implementation: str) -> Implementation:
 
 def load_all(device_type: str) -> None:
     """Loads what the table names for a type of device, so that compilers find it loaded."""
-    for known in _operations.values():
+    for known in operations():
         for name in TABLE[known.name].get(device_type, ()):
             known.implementation(name)

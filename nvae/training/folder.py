@@ -1,7 +1,7 @@
 """A run's folder: its lock, its config, its checkpoints and how it ended.
 
 runs/<name>/: config.yaml, outcome.json, metrics.jsonl, tensorboard/, checkpoints/{step-*.pt, latest, best.pt},
-samples/, results.json. All ranks must see it: several machines need a file system that they share.
+samples/, results.json, profile/. All ranks must see it: several machines need a file system that they share.
 """
 
 import json

@@ -14,6 +14,7 @@ from ..core.precision import Precision, allow_tf32, computed_in, precision_on
 from ..kernels.operations import settle, use
 from .config import AnyRunConfig
 from .content import IMAGES, text_of
+from .determinism import be_deterministic, without_deterministic_way
 from .folder import RunFolder
 from .interruption import Interruption
 from .setup import images_per_update, ready
@@ -27,6 +28,7 @@ def train(config: AnyRunConfig, folder: RunFolder) -> Outcome:
     might never answer.
     """
     with Interruption() as interruption:
+        be_deterministic(config.train.deterministic)
         device = distributed.start(device_of(config.train.device, "train.device"), config.train.timeout_minutes)
         precision = precision_on(device, config.train.precision)
         allow_tf32(precision)
@@ -62,6 +64,8 @@ def _failures_recorded(folder: RunFolder, config: AnyRunConfig) -> Iterator[None
     except (RuntimeError, MemoryError) as error:
         if ran_out_of_memory(error):
             message = _out_of_memory(config)
+        elif without_deterministic_way(error):
+            message = f"train.deterministic: {str(error).partition(',')[0]}; leave it out"
         elif distributed.waited_in_vain(error):
             message = _no_answer(config, distributed.silent_ranks())
         else:

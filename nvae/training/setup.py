@@ -140,7 +140,6 @@ def _schedule(optim: OptimConfig, train: TrainConfig, images: int, epoch_size: i
 
 def _state(config: AnyRunConfig, device: torch.device, precision: Precision) -> TrainingState:
     """The state that training starts from, the same on every rank."""
-    torch.backends.cudnn.benchmark = True  # shapes do not change
     torch.manual_seed(config.seed)
     model: Family[Any] = build(config.model).to(device)
     model.set_recomputation(config.train.recompute)

@@ -3,7 +3,6 @@
 The trainer receives built objects; it knows no family, no data set and no command line.
 """
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +18,6 @@ from ..core.config import Config, flat
 from ..core.devices import device_name
 from ..core.distributed import check_same_state, is_distributed, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
-from ..core.memory import peak_mib
 from ..core.precision import Precision, autocast
 from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
@@ -31,7 +29,9 @@ from .diagnosis import first_non_finite
 from .folder import RunFolder, is_milestone
 from .interruption import Interruption
 from .optim import Schedule
+from .profiling import SKIPPED, Recorder
 from .state import BufferCopy, TrainingState
+from .throughput import Meter
 from .tracking import Tracker
 from .watching import Watcher, group_metrics, numbers_of
 
@@ -58,6 +58,11 @@ class TrainConfig(Config):
     `plain`."""
     compile: bool = False
     """Compile the model's parts with torch.compile; the first steps then take longer."""
+    deterministic: bool = False
+    """Only algorithms that give the same numbers each time, slower; an operator that has none on the device ends the
+    run."""
+    profile: int = Field(0, ge=0, le=1000)
+    """Updates to record, after the first three of the command: a trace for Chrome or Perfetto, in the run's folder."""
     log_every: int = Field(50, ge=1)
     """Updates between two lines of numbers."""
     validate_every: float | None = Field(None, gt=0)
@@ -88,7 +93,10 @@ class TrainConfig(Config):
 
     def idle(self) -> dict[str, str]:
         scaled = self.precision in ("fp16", "mixed")
-        return {} if scaled else {"loss_scale": f"with precision {self.precision} no loss is scaled"}
+        idle = {} if scaled else {"loss_scale": f"with precision {self.precision} no loss is scaled"}
+        if self.steps is not None and self.steps <= SKIPPED:
+            idle["profile"] = f"the first {SKIPPED} updates are not recorded, and steps is {self.steps}"
+        return idle
 
 
 class Trainer:
@@ -122,6 +130,8 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.buffers = BufferCopy(self.model)
         self.parallel = _parallel(self.model, self.device)
+        self.meter = Meter(self.model.config, self.device, precision)
+        self.recorder = Recorder(folder.path, config.profile, self.device)
         self.stopping = False
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -131,7 +141,8 @@ class Trainer:
         self.model.train()
         self._open_stream()
         try:
-            return self._loop()
+            with self.recorder:
+                return self._loop()
         finally:
             self.batches.close()
 
@@ -142,6 +153,7 @@ class Trainer:
         self._watch()
         while state.step < self.total_steps:
             self._log(self.step())
+            self.recorder.advance(state.step)
             if state.non_finite_in_a_row >= config.non_finite_limit:
                 self._return_to_last_good()
                 continue
@@ -240,7 +252,7 @@ class Trainer:
 
     def _open_stream(self) -> None:
         self.batches = self.stream.batches(self.state.images_seen)
-        self._restart_clock()
+        self.meter.start(self.state.images_seen)
 
     # ------------------------------------------------------------------------------------------- when numbers go bad
 
@@ -287,21 +299,10 @@ class Trainer:
             "skipped": state.skipped,
             "non_finite": state.non_finite,
             "loss_scale": state.scaler.get_scale(),
-            "images_per_second": self._images_per_second(),
-            "peak_memory_mib": peak_mib(self.device),
+            **self.meter.read(state.images_seen),
         }
         unit = "bits_per_dim" if "bits_per_dim" in numbers else "nelbo"
         self.tracker.scalars(state.step, numbers, shown=("loss", unit, "images_per_second"))
-
-    def _images_per_second(self) -> float:
-        """Since the last time, validation and pictures left out."""
-        then, images = self._clock
-        self._restart_clock()
-        now, images_now = self._clock
-        return (images_now - images) / (now - then)
-
-    def _restart_clock(self) -> None:
-        self._clock = (time.perf_counter(), self.state.images_seen)
 
     def _watch(self) -> None:
         """Validation and pictures where they are due and not yet done; the checkpoint with the best bound is kept."""
@@ -315,7 +316,7 @@ class Trainer:
             self._validate()
         state.watched = state.step
         self._save()
-        self._restart_clock()
+        self.meter.start(self.state.images_seen)
 
     def _due(self, epochs: float | None) -> bool:
         """True at the last step and at multiples of `epochs`."""

@@ -37,7 +37,7 @@ TINY: dict[str, Any] = {
 EVERY_BRICK = ("model.scales=2", "model.adaptive_groups=true", "model.flows=1")
 """Three groups on two scales, with flows."""
 
-TIMINGS = ("images_per_second", "peak_memory_mib")
+TIMINGS = ("images_per_second", "peak_memory_mib", "reserved_memory_mib", "tflops", "share_of_peak")
 
 
 def tiny_run(*overrides: str) -> AnyRunConfig:
