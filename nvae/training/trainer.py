@@ -224,11 +224,14 @@ class Trainer:
         return non_finite > 0, value
 
     def _update(self, norm: Tensor) -> Metrics:
-        """Clips, updates the weights and what learns otherwise, then their average. Returns the family's metrics."""
+        """Clips, updates the weights and what learns otherwise, then their average. Returns the family's metrics.
+
+        Gradients are unscaled and known to be finite: `scaler.step` would only ask the GPU again.
+        """
         state, clip = self.state, self.schedule.config.clip_norm
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm, foreach=True)
-        state.scaler.step(state.optimiser)
+        state.optimiser.step()
         metrics = self.model.after_update(self.seed, state.step, state.step / self.total_steps)
         if state.average is not None:
             state.average.update()
