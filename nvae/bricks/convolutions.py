@@ -91,6 +91,7 @@ class Conv2d(nn.Module):
             norm = self.masked_matrix().norm(dim=1).reshape(-1, 1, 1, 1)
             self.log_gain = nn.Parameter((norm + 1e-2).log().detach() + math.log(initial_gain))
         self._effective: Tensor | None = None
+        self._cast_bias: Tensor | None = None
 
     def _initialise_like_torch(self) -> None:
         """PyTorch's own Conv2d start: uniform in ± 1/sqrt(R) for the kernel and the bias."""
@@ -113,16 +114,20 @@ class Conv2d(nn.Module):
             matrix = weight_norm(matrix, self.log_gain.flatten(1))
         return matrix.reshape(self.weight.shape)
 
+    def effective_bias(self) -> Tensor | None:
+        """The bias (O) it adds, in autocast's type where that was made for all convolutions at once."""
+        return self.bias if self._cast_bias is None else self._cast_bias
+
     def forward(self, x: Tensor, activation: Activation = "identity") -> Tensor:
         """The convolution of act(x): (B, C, H, W) -> (B, O, H/stride, W/stride), twice that with `enlarge`.
 
         Only x is kept for the backward pass.
         """
-        return convolution(x, self.effective_weight(), self.bias, self.geometry, activation)
+        return convolution(x, self.effective_weight(), self.effective_bias(), self.geometry, activation)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry parameters only: an effective weight belongs to one graph."""
-        return {**self.__dict__, "_effective": None}
+        """Copies and pickles carry parameters only: what is effective belongs to one graph."""
+        return {**self.__dict__, "_effective": None, "_cast_bias": None}
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, {self.geometry}"
@@ -166,12 +171,24 @@ class EffectiveWeights:
             kernels = used.reshape(-1, outputs, *size, inputs).permute(0, 1, 4, 2, 3)
             for convolution, kernel in zip(convolutions, kernels.unbind(), strict=True):
                 convolution._effective = kernel
+            self._cast_biases([convolution for convolution in convolutions if convolution.bias is not None])
 
     def clear(self) -> None:
         """Forgets them: each convolution makes its own at every use, until the next refresh."""
         self.matrices, self._made_for = {}, None
         for convolution in self._all():
-            convolution._effective = None
+            convolution._effective = convolution._cast_bias = None
+
+    @staticmethod
+    def _cast_biases(convolutions: list[Conv2d]) -> None:
+        """Casts the biases of convolutions of one shape where autocast is on, which would cast each at its use."""
+        biases: list[Tensor] = [convolution.bias for convolution in convolutions if convolution.bias is not None]
+        if not biases or not torch.is_autocast_enabled(biases[0].device.type):
+            cast: Iterable[Tensor | None] = [None] * len(convolutions)
+        else:
+            cast = for_autocast(torch.stack(biases)).unbind()
+        for convolution, bias in zip(convolutions, cast, strict=True):
+            convolution._cast_bias = bias
 
     @staticmethod
     def _stack(convolutions: list[Conv2d]) -> Tensor:
@@ -188,7 +205,7 @@ class EffectiveWeights:
 
     def _state(self) -> tuple[Any, ...]:
         """What the effective weights depend on: each parameter's place and version, and autocast's type."""
-        parameters = [p for c in self._all() for p in (c.weight, getattr(c, "log_gain", None)) if p is not None]
+        parameters = [p for c in self._all() for p in (c.weight, getattr(c, "log_gain", None), c.bias) if p is not None]
         if not parameters:
             return ()
         kind = parameters[0].device.type

@@ -148,8 +148,8 @@ class Trace(TorchDispatchMode):
             self.waits[f"copy from {source.device.type} at {_asked_at()}"] += 1
 
 
-def _worth_compiling(x: Tensor, least: int | None) -> bool:
-    return not operations.is_plain() and x.numel() >= (fusion.WORTH_COMPILING if least is None else least)
+def _worth_compiling(x: Tensor, least: int | None, few: bool) -> bool:
+    return not operations.is_plain() and fusion._are_enough(x, least, few)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ from ...bricks.groups import LatentGroup, Tower
 from ...bricks.labels import ClassVectors
 from ...bricks.latents import Draw, Normal
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
-from ...bricks.normalisation import BatchNorm
+from ...bricks.normalisation import BatchNorm, advancing_together
 from ...bricks.recomputation import Recomputable
 from ...bricks.regularizers import SpectralPenalty, batch_norm_penalty
 from ...kernels.operations import memory_format
@@ -161,14 +161,20 @@ class NVAE(Hierarchy[NVAEConfig]):
         """Top-down."""
         return cast("list[LatentGroup]", list(self.groups))
 
+    @property
+    def norms(self) -> list[BatchNorm]:
+        """Every batch norm."""
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]
+
     # ------------------------------------------------------------------------------------------------- the contract
 
     def forward(self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None) -> Output:
         """(B, C, H, W) in [0, 1] -> Output. Both ways with one set of effective weights."""
         if not self.training:
             self.check_images(x)
-        features, noise = self.encode(x, labels), self.noise_for(len(x), noise)
-        return self.decoded(TopDownPass(self, self.as_known(features, noise), len(x)), features.target, noise)
+        with advancing_together(self.norms if self.training else []):
+            features, noise = self.encode(x, labels), self.noise_for(len(x), noise)
+            return self.decoded(TopDownPass(self, self.as_known(features, noise), len(x)), features.target, noise)
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
@@ -295,7 +301,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def batch_norm_penalty(self) -> Tensor:
         """Σ max|γ| over the batch norms."""
-        return batch_norm_penalty([m.weight for m in self.modules() if isinstance(m, BatchNorm)])
+        return batch_norm_penalty([norm.weight for norm in self.norms])
 
     def balance_factors(self, device: torch.device) -> Tensor:
         """α of each group, (G,)."""
