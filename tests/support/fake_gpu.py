@@ -30,6 +30,7 @@ TENSORS_A_LAUNCH = 50
 """Of an operator on lists of tensors."""
 PASSES = {
     "batch_norm._moments": 3,
+    "batch_norm._shares": 3,
     "batch_norm._activation_backward": 3,
     "gated_sum._image_means": 2,
     "gated_sum._image_sums": 2,
@@ -130,8 +131,9 @@ class Trace(TorchDispatchMode):
         before, self._silent = self._silent, True
         made = function(*args)
         self._silent = before
-        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        self._count(name, PASSES.get(name, 1), _tensors((args, made)))
+        if not before:
+            name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+            self._count(name, PASSES.get(name, 1), _tensors((args, made)))
         return made
 
     def _count(self, name: str, launches: int, tensors: Iterable[Tensor]) -> None:

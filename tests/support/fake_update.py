@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1,
     Without DDP, whose exchange of gradients is PyTorch's own; and without loading images.
     """
     with pytest.MonkeyPatch.context() as patch, ranks(world), fake_gpu(patch):
-        patch.setattr(trainer, "_parallel", lambda model, device: model)
+        patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
         run = _trainer(config, precision, accumulation)
         for parameter in run.parameters:
             parameter.grad = torch.empty_like(parameter)
@@ -51,6 +52,38 @@ def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1,
         with trace:
             run.step()
     return trace
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """When a rank's gradients are complete in its backward pass."""
+
+    gradients: list[tuple[int, int]]
+    """Bytes that the pass has moved by then, and how many numbers there are of a parameter."""
+    moved: int
+    """Bytes in all."""
+
+    def after(self, share: float) -> float:
+        """The share of all numbers that is complete when the pass has moved that share of its bytes."""
+        ready = sum(numbers for moved, numbers in self.gradients if moved <= share * self.moved)
+        return ready / sum(numbers for _, numbers in self.gradients)
+
+
+def readiness(config: AnyRunConfig, *, world: int) -> Readiness:
+    """That of a run in fp16, of the first of its ranks."""
+    with pytest.MonkeyPatch.context() as patch, ranks(world), fake_gpu(patch):
+        patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
+        run = _trainer(config, "fp16", 1)
+        trace = Trace(patch)
+        found: list[tuple[int, int]] = []
+        for parameter in run.parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: found.append((trace.moved.total(), p.numel())))
+        with trace:
+            run.batch = next(run.batches)
+            loss, _ = run._loss(run.parallel)
+            start = trace.moved.total()
+            loss.backward()
+    return Readiness([(moved - start, numbers) for moved, numbers in found], trace.moved.total() - start)
 
 
 def _trainer(config: AnyRunConfig, precision: Precision, accumulation: int) -> Trainer:

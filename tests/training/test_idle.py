@@ -23,6 +23,7 @@ MIXTURE = ["model.likelihood.kind=logistic_mixture", "data.binarize=false"]
         (["optim.skip_norm=3", "optim.skip_window=100"], "there is no skip_quantile"),
         (["optim.skip_limit=4"], "there is neither skip_norm nor skip_quantile"),
         (["train.loss_scale=8"], "with precision fp32 no loss is scaled"),
+        (["train.exchange=bf16"], "there is one process"),
         (["model.min_groups=2"], "without adaptive_groups all scales have the same"),
         (["model.likelihood.components=3"], "the likelihood is bernoulli"),
         (["model.likelihood.edge=published"], "the likelihood is bernoulli"),

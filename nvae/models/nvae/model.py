@@ -29,6 +29,9 @@ from ..hierarchy import EncodedImages, Hierarchy
 from .config import NVAEConfig
 from .objective import balance_factors, balance_weights, balanced_kl, kl_coefficient, spectral_weight
 
+STAGES = 3
+"""Of each way of a pass, up and down. Ranks exchange a stage's gradients as soon as the backward pass has left it."""
+
 
 @dataclass
 class Features(EncodedImages):
@@ -142,7 +145,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         likelihood = LIKELIHOODS[config.likelihood.kind]
         self.head = Conv2d(decoder, likelihood.params_per_pixel(config.likelihood, config.image_channels), 3)
 
-        self.weights = EffectiveWeights(self)
+        self.weights = EffectiveWeights(self, stages=self._stages())
         self.spectral = SpectralPenalty(self.weights.shapes)
         # False until `begin` has set what starts from data.
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
@@ -179,7 +182,7 @@ class NVAE(Hierarchy[NVAEConfig]):
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
         self.check_labels(labels, len(x))
-        self.weights.refresh()
+        self.weights.begin()
         return self.bottom_up(x, labels)
 
     def top_down(self, features: Any = None, n: int = 1, labels: Tensor | None = None) -> TopDown:
@@ -258,6 +261,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         state = self.preprocess(self.stem(image))
         taps: list[Tensor] = []
         for g in reversed(range(len(self.groups))):
+            self.weights.reach(self._stages_of(g)[0])
             state = cast(LatentGroup, self.groups[g]).encoder_cells(state)
             if g == 0:
                 state = F.elu(self.top(state, "elu"))
@@ -287,15 +291,39 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def entering(self, g: int, state: Tensor) -> Tensor:
         """The decoder state at group g's resolution, after its cells."""
+        self.weights.reach(self._stages_of(g)[1])
         if (joint := self.joint_above(g)) is not None:
             state = self.up[joint](state)
         return cast(Tensor, cast(LatentGroup, self.groups[g]).decoder_cells(state))
 
     def likelihood(self, state: Tensor) -> Likelihood:
         """p(x | z) from the state after the last group."""
+        self.weights.reach(2 * STAGES - 1)
         params = self.head(self.postprocess(state), "elu")
         config = self.config.likelihood
         return LIKELIHOODS[config.kind](params, config, self.config.image_channels, recompute=self.recompute)
+
+    # ------------------------------------------------------------------------------------------------------- stages
+
+    def _stages_of(self, g: int) -> tuple[int, int]:
+        """Those in which a pass gets to group g on its way up and on its way down."""
+        part = g * STAGES // len(self.groups)
+        return STAGES - 1 - part, STAGES + part
+
+    def _stages(self) -> list[list[nn.Module]]:
+        """What a pass gets to in each."""
+        stages: list[list[nn.Module]] = [[] for _ in range(2 * STAGES)]
+        stages[0] += [self.stem, self.preprocess]
+        stages[STAGES - 1].append(self.top)
+        stages[-1] += [self.postprocess, self.head]
+        for g, group in enumerate(self.latent_groups):
+            up, down = self._stages_of(g)
+            stages[up].append(group.encoder_cells)
+            stages[down] += [part for name, part in group.named_children() if name != "encoder_cells"]
+            if (joint := self.joint_above(g)) is not None:
+                stages[up].append(self.down[joint])
+                stages[down].append(self.up[joint])
+        return stages
 
     # --------------------------------------------------------------------------------------------------- objective
 
