@@ -1,6 +1,7 @@
 """What an update of the recipes costs a GPU, counted without one, at a rank's own batch in fp16 and without
 `train.compile`: launches, and memory read and written; and how early gradients are on their way to other ranks."""
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -29,6 +30,11 @@ def update(recipe: str, *overrides: str, world: int = 1) -> Trace:
     return traced_update(read_run_config(ROOT / "configs" / f"{recipe}.yaml", list(overrides)), "fp16", world=world)
 
 
+def of_norms(launches: Counter[str]) -> int:
+    """Those of batch norms, of the gates that some end in, and of collectives."""
+    return sum(count for name, count in launches.items() if name.startswith(("batch_norm", "gated_sum", "allreduce_")))
+
+
 @cache
 def progress() -> Readiness:
     return readiness(read_run_config(ROOT / "configs" / "cifar10.yaml", list(SHALLOW)), world=8)
@@ -51,18 +57,13 @@ def test_an_update_stays_within_its_budget(recipe: str, overrides: tuple[str, ..
 @pytest.mark.slow
 def test_statistics_over_ranks_cost_a_collective_each_way_and_nothing_else() -> None:
     """One collective besides balances the KL, and one lets ranks agree."""
-    names = ("batch_norm", "gated_sum", "allreduce_")
-    alone, together = update("cifar10", *SHALLOW), update("cifar10", *SHALLOW, world=8)
-    added = together.launches.total() - alone.launches.total()
-    by_norms = sum(
-        together.launches[name] - alone.launches[name] for name in together.launches if name.startswith(names)
-    )
-    assert by_norms == 2 * NORMS + 2
-    assert added <= by_norms + WEIGHTS_IN_STAGES
+    alone, together = (update("cifar10", *SHALLOW, world=world).launches for world in (1, 8))
+    assert of_norms(together) - of_norms(alone) == 2 * NORMS + 2
+    assert together.total() - alone.total() <= 2 * NORMS + 2 + WEIGHTS_IN_STAGES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "ready"), [(0.75, 0.4), (0.8, 0.6), (0.9, 0.8)])
+@pytest.mark.parametrize(("share", "ready"), [(0.75, 0.4), (0.8, 0.55), (0.9, 0.75)])
 def test_gradients_are_ready_for_other_ranks_during_the_backward_pass(share: float, ready: float) -> None:
     """The last fifth of it is the way up, where more than half of the weights are."""
     assert progress().after(share) >= ready
