@@ -22,12 +22,7 @@ setup(
         "nvae": ["py.typed", "benchmark/*.json", "evaluation/report.html", "kernels/cpu/*.cpp", "kernels/cpu/*.h"],
         "nvae.configs": ["*.yaml"],
     },
-    entry_points={
-        "console_scripts": [
-            f"nvae-{name} = nvae.commands.{name}:main"
-            for name in COMMANDS
-        ]
-    },
+    entry_points={"console_scripts": [f"nvae-{name} = nvae.commands.{name}:main" for name in COMMANDS]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

@@ -8,13 +8,14 @@ Shapes: B batch, C channels, H W space; O outputs, R = C/groups · kh · kw of a
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.distributed import is_distributed
 from ..kernels.activations import ACTIVATIONS, Activation
 from ..kernels.convolution import Geometry, for_autocast
 from ..kernels.operations import operation
@@ -91,6 +92,7 @@ class Conv2d(nn.Module):
             norm = self.masked_matrix().norm(dim=1).reshape(-1, 1, 1, 1)
             self.log_gain = nn.Parameter((norm + 1e-2).log().detach() + math.log(initial_gain))
         self._effective: Tensor | None = None
+        self._cast_bias: Tensor | None = None
 
     def _initialise_like_torch(self) -> None:
         """PyTorch's own Conv2d start: uniform in ± 1/sqrt(R) for the kernel and the bias."""
@@ -113,16 +115,20 @@ class Conv2d(nn.Module):
             matrix = weight_norm(matrix, self.log_gain.flatten(1))
         return matrix.reshape(self.weight.shape)
 
+    def effective_bias(self) -> Tensor | None:
+        """The bias (O) it adds, in autocast's type where that was made for all convolutions at once."""
+        return self.bias if self._cast_bias is None else self._cast_bias
+
     def forward(self, x: Tensor, activation: Activation = "identity") -> Tensor:
         """The convolution of act(x): (B, C, H, W) -> (B, O, H/stride, W/stride), twice that with `enlarge`.
 
         Only x is kept for the backward pass.
         """
-        return convolution(x, self.effective_weight(), self.bias, self.geometry, activation)
+        return convolution(x, self.effective_weight(), self.effective_bias(), self.geometry, activation)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry parameters only: an effective weight belongs to one graph."""
-        return {**self.__dict__, "_effective": None}
+        """Copies and pickles carry parameters only: what is effective belongs to one graph."""
+        return {**self.__dict__, "_effective": None, "_cast_bias": None}
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, {self.geometry}"
@@ -131,22 +137,37 @@ class Conv2d(nn.Module):
 class EffectiveWeights:
     """The effective weights of all convolutions of a model, made in one pass and shared by all who need them.
 
-    `matrices` maps a kernel shape to (N, O, R), float32, with gradient; the N convolutions of that shape are in
-    `convolutions` under the same key. R runs over (kh, kw, C/groups): kernels are channels-last without a copy.
-    Convolutions inside a module of the kinds `besides` look after themselves.
+    The N convolutions of one kernel shape are in `convolutions` under the key of that shape. Convolutions inside a
+    module of the kinds `besides` look after themselves.
     """
 
-    def __init__(self, model: nn.Module, besides: tuple[type[nn.Module], ...] = ()) -> None:
-        self.convolutions: dict[str, list[Conv2d]] = {}
-        for convolution in _convolutions_in(model, besides):
-            self.convolutions.setdefault(self._key(convolution), []).append(convolution)
-        self.matrices: dict[str, Tensor] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        besides: tuple[type[nn.Module], ...] = (),
+        stages: Sequence[Sequence[nn.Module]] = (),
+    ) -> None:
+        """`stages`: all convolutions, as parts of the model, in the order in which a pass gets to them (`begin`)."""
+        self.convolutions = _by_shape(_convolutions_in(model, besides))
+        self.stages = [_by_shape(_convolutions_in(nn.ModuleList(parts), besides)) for parts in stages]
+        self._matrices: dict[str, Tensor] = {}
+        self._parts: dict[str, list[tuple[list[Conv2d], Tensor]]] = {}  # of matrices, where there are stages
+        self._ahead: list[dict[str, list[Conv2d]]] = []
         self._made_for: tuple[Any, ...] | None = None
 
-    @staticmethod
-    def _key(convolution: Conv2d) -> str:
-        kind = ("n" if convolution.normalised else "p") + ("" if convolution.mask is None else "m")
-        return "x".join(map(str, convolution.weight.shape)) + kind
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """Kernel shape -> (N, O, R), float32, with gradient; in the order of `convolutions`.
+
+        R runs over (kh, kw, C/groups): kernels are channels-last without a copy.
+        """
+        assert not self._ahead
+        for key, parts in self._parts.items():
+            rows = {c: row for convolutions, matrix in parts for c, row in zip(convolutions, matrix, strict=True)}
+            whole = len(parts) == 1
+            self._matrices[key] = parts[0][1] if whole else torch.stack([rows[c] for c in self.convolutions[key]])
+        self._parts = {}
+        return self._matrices
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -158,20 +179,52 @@ class EffectiveWeights:
         state = None if torch.is_grad_enabled() else self._state()
         if state is not None and state == self._made_for:
             return
-        self._made_for = state
+        self._made_for, self._ahead, self._parts = state, [], {}
         for key, convolutions in self.convolutions.items():
-            matrix = self.matrices[key] = self._stack(convolutions)
-            used = for_autocast(matrix)
-            outputs, inputs, *size = convolutions[0].weight.shape
-            kernels = used.reshape(-1, outputs, *size, inputs).permute(0, 1, 4, 2, 3)
-            for convolution, kernel in zip(convolutions, kernels.unbind(), strict=True):
-                convolution._effective = kernel
+            self._matrices[key] = self._made(convolutions)
+
+    def begin(self) -> None:
+        """`refresh`, stage by stage where ranks exchange gradients: those of a stage are then complete, and on their
+        way, as soon as the backward pass has left it. To be followed by `reach`."""
+        if not (self.stages and is_distributed() and torch.is_grad_enabled()):
+            return self.refresh()
+        self.clear()
+        self._ahead = list(self.stages)
+        self.reach(0)
+
+    def reach(self, stage: int) -> None:
+        """Makes the weights up to those of a stage, if the pass began so."""
+        while self._ahead and len(self._ahead) >= len(self.stages) - stage:
+            for key, convolutions in self._ahead.pop(0).items():
+                self._parts.setdefault(key, []).append((convolutions, self._made(convolutions)))
 
     def clear(self) -> None:
         """Forgets them: each convolution makes its own at every use, until the next refresh."""
-        self.matrices, self._made_for = {}, None
+        self._matrices, self._parts, self._ahead, self._made_for = {}, {}, [], None
         for convolution in self._all():
-            convolution._effective = None
+            convolution._effective = convolution._cast_bias = None
+
+    def _made(self, convolutions: list[Conv2d]) -> Tensor:
+        """The matrices (N, O, R) of convolutions of one shape, each of which is given its own."""
+        matrix = self._stack(convolutions)
+        used = for_autocast(matrix)
+        outputs, inputs, *size = convolutions[0].weight.shape
+        kernels = used.reshape(-1, outputs, *size, inputs).permute(0, 1, 4, 2, 3)
+        for convolution, kernel in zip(convolutions, kernels.unbind(), strict=True):
+            convolution._effective = kernel
+        self._cast_biases([convolution for convolution in convolutions if convolution.bias is not None])
+        return matrix
+
+    @staticmethod
+    def _cast_biases(convolutions: list[Conv2d]) -> None:
+        """Casts the biases of convolutions of one shape where autocast is on, which would cast each at its use."""
+        biases: list[Tensor] = [convolution.bias for convolution in convolutions if convolution.bias is not None]
+        if not biases or not torch.is_autocast_enabled(biases[0].device.type):
+            cast: Iterable[Tensor | None] = [None] * len(convolutions)
+        else:
+            cast = for_autocast(torch.stack(biases)).unbind()
+        for convolution, bias in zip(convolutions, cast, strict=True):
+            convolution._cast_bias = bias
 
     @staticmethod
     def _stack(convolutions: list[Conv2d]) -> Tensor:
@@ -188,7 +241,7 @@ class EffectiveWeights:
 
     def _state(self) -> tuple[Any, ...]:
         """What the effective weights depend on: each parameter's place and version, and autocast's type."""
-        parameters = [p for c in self._all() for p in (c.weight, getattr(c, "log_gain", None)) if p is not None]
+        parameters = [p for c in self._all() for p in (c.weight, getattr(c, "log_gain", None), c.bias) if p is not None]
         if not parameters:
             return ()
         kind = parameters[0].device.type
@@ -196,7 +249,16 @@ class EffectiveWeights:
         return (precision, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"convolutions": self.convolutions, "matrices": {}, "_made_for": None}
+        return {**self.__dict__, "_matrices": {}, "_parts": {}, "_ahead": [], "_made_for": None}
+
+
+def _by_shape(convolutions: Iterable[Conv2d]) -> dict[str, list[Conv2d]]:
+    """By the shape and the kind of their kernels."""
+    found: dict[str, list[Conv2d]] = {}
+    for convolution in convolutions:
+        kind = ("n" if convolution.normalised else "p") + ("" if convolution.mask is None else "m")
+        found.setdefault("x".join(map(str, convolution.weight.shape)) + kind, []).append(convolution)
+    return found
 
 
 def _convolutions_in(module: nn.Module, besides: tuple[type[nn.Module], ...]) -> Iterator[Conv2d]:

@@ -3,9 +3,9 @@
 Shapes: B batch, C channels, H W space.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,9 @@ class BatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
         self._statistics: Statistics | None = None
         self._replaying = False
+        self._count = 0
         self._alone = False
+        self._waiting = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), in the type of the input; statistics in float32."""
@@ -108,7 +110,7 @@ class BatchNorm(nn.Module):
         """following(self(x)), keeping only x for the backward pass: (B, C, H, W) -> (B, O, H', W')."""
         if not self.training:
             return following(self(x))  # type: ignore[no-any-return]
-        kernel, bias, geometry = following.effective_weight(), following.bias, following.geometry
+        kernel, bias, geometry = following.effective_weight(), following.effective_bias(), following.geometry
         y, statistics = batch_norm_convolution(x, self.norm, kernel, bias, geometry)
         self.advance(statistics, x)
         return y
@@ -125,15 +127,38 @@ class BatchNorm(nn.Module):
         if self._replaying:
             return
         self._statistics = statistics
-        ranks, momentum = (1, 1.0) if self._alone else (world_size(), self.momentum)
-        mean, var = statistics
-        count = x.numel() // x.shape[1] * ranks * self.copies
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
-        self.num_batches_tracked.add_(1)
+        self._count = x.numel() // x.shape[1] * self.copies * (1 if self._alone else world_size())
+        if not self._waiting:
+            advance_all([self])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_statistics": None}
+
+
+@torch.no_grad()
+def advance_all(modules: Sequence[BatchNorm]) -> None:
+    """Takes what each batch norm has measured last into its running statistics: a few calls for all of them."""
+    if not modules:
+        return
+    means, variances = zip(*(cast(Tensor, module._statistics).unbind() for module in modules), strict=True)
+    unbiased = [module._count / max(module._count - 1, 1) for module in modules]
+    momentum = 1.0 if modules[0]._alone else BatchNorm.momentum
+    torch._foreach_lerp_([module.running_mean for module in modules], means, momentum)
+    torch._foreach_lerp_([module.running_var for module in modules], torch._foreach_mul(variances, unbiased), momentum)
+    torch._foreach_add_([module.num_batches_tracked for module in modules], 1)
+
+
+@contextmanager
+def advancing_together(modules: list[BatchNorm]) -> Iterator[None]:
+    """Within, running statistics stay as they are; at the end those that were measured advance in one go."""
+    for module in modules:
+        module._waiting, module._statistics = True, None
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._waiting = False
+    advance_all([module for module in modules if module._statistics is not None])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.randomness import generator
+from ..kernels.fusion import fused
 
 
 class SpectralPenalty(nn.Module):
@@ -64,9 +65,15 @@ class SpectralPenalty(nn.Module):
 def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
     """Power iterations v ← Wᵀ u, u ← W v, normalised; u (N, O) in place, returns v (N, R)."""
     for _ in range(iterations):
-        v = F.normalize((u[:, None] @ matrix).squeeze(1), dim=1)
-        u.copy_(F.normalize((matrix @ v[:, :, None]).squeeze(2), dim=1))
+        v = _directions((u[:, None] @ matrix).squeeze(1))
+        u.copy_(_directions((matrix @ v[:, :, None]).squeeze(2)))
     return v
+
+
+@fused(dynamic=True, few=True)
+def _directions(vectors: Tensor) -> Tensor:
+    """The rows of (N, R) at length 1."""
+    return F.normalize(vectors, dim=1)
 
 
 def _forget_start(module: nn.Module, incompatible: Any) -> None:

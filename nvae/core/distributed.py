@@ -1,7 +1,7 @@
 """Ranks: the process group that torchrun describes, and the few reductions the rest of the code needs.
 
 One process needs no process group: every function here is then the identity. `all_mean` is the only one through
-which gradients flow, and the only one that a pass through bricks may use.
+which gradients flow, and with `summed` the only one that a pass through bricks may use.
 """
 
 import datetime
@@ -114,6 +114,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def summed(value: Tensor) -> Tensor:
+    """The tensor, in place the sum over ranks, without gradient."""
+    if is_distributed():
+        dist.all_reduce(value)
+    return value
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

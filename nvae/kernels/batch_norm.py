@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..core.distributed import all_mean, world_size
+from ..core.distributed import summed, world_size
 from ..core.precision import at_least_float32
 from .activations import Activation, in_a_pass, with_slope
 from .convolution import Geometry, convolve, for_autocast, input_gradient, parameter_gradients
@@ -41,8 +41,8 @@ class Norm(NamedTuple):
 def batch_norm(x: Tensor, norm: Norm) -> tuple[Tensor, Statistics]:
     """The normalised and activated x, of which only x is kept, and its statistics."""
     x = channels_last(x)
-    statistics = measured(x, norm)
-    y = _Normalised.apply(x, norm.weight, norm.bias, statistics, norm.eps, norm.activation, norm.over_ranks)
+    statistics, factors = measured(x, norm)
+    y = _Normalised.apply(x, norm.weight, norm.bias, factors, norm.activation, norm.over_ranks)
     return cast(Tensor, y), statistics
 
 
@@ -59,32 +59,26 @@ def batch_norm_convolution(
 ) -> tuple[Tensor, Statistics]:
     """convolve(batch_norm(x)), of which only x is kept, and x's statistics."""
     x = channels_last(x)
-    statistics = measured(x, norm)
-    scales = (norm.weight, norm.bias, statistics, norm.eps, norm.activation, norm.over_ranks)
+    statistics, factors = measured(x, norm)
+    scales = (norm.weight, norm.bias, factors, norm.activation, norm.over_ranks)
     return cast(Tensor, _Convolved.apply(x, *scales, for_autocast(kernel), kernel_bias, geometry)), statistics
 
 
 @torch.no_grad()
-def measured(x: Tensor, norm: Norm) -> Statistics:
-    """The statistics of x (B, C, H, W), channels-last, over B, H, W and, as a rule, ranks."""
-    if norm.statistics is not None:
-        return norm.statistics
-    moments = _moments(x)
-    return _over_ranks(moments) if norm.over_ranks and world_size() > 1 else moments
-
-
-def _over_ranks(moments: Tensor) -> Tensor:
-    """Mean and variance over all ranks from each rank's; one collective, in float64 because E[x²] − E[x]² cancels."""
-    mean, var = moments.double()
-    mean, square = all_mean(torch.stack([mean, var + mean.square()]))
-    return torch.stack([mean, square - mean.square()]).to(moments.dtype)
+def measured(x: Tensor, norm: Norm) -> tuple[Statistics, Tensor]:
+    """The statistics of x (B, C, H, W), channels-last, over B, H, W and, as a rule, ranks; and their `coefficients`."""
+    if norm.statistics is None and norm.over_ranks and world_size() > 1:
+        return _of_shares(summed(_shares(x, world_size())), norm.weight, norm.bias, norm.eps)
+    statistics = _moments(x) if norm.statistics is None else norm.statistics
+    return statistics, coefficients(norm.weight, norm.bias, statistics, norm.eps)
 
 
 # ------------------------------------------------------------------------------------------------- through autograd
 
 
 class _Normalised(torch.autograd.Function):
-    """act(γ (x − mean)/sqrt(var + eps) + β), with mean and var those of x over B, H, W and ranks. Keeps only x."""
+    """act(γ (x − mean)/sqrt(var + eps) + β), with mean and var those of x over B, H, W and ranks, in the `coefficients`
+    of the norm. Keeps only x."""
 
     @staticmethod
     def forward(
@@ -92,12 +86,10 @@ class _Normalised(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        moments: Tensor,
-        eps: float,
+        norm: Tensor,
         activation: Activation,
         over_ranks: bool,
     ) -> Tensor:
-        norm = coefficients(weight, bias, moments, eps)
         ctx.save_for_backward(x, norm)
         ctx.activation, ctx.over_ranks = activation, over_ranks
         return _normalised(x, norm, activation, x.dtype)
@@ -108,7 +100,7 @@ class _Normalised(torch.autograd.Function):
         x, norm = ctx.saved_tensors
         grad = channels_last(grads[0])
         _, gradients = _backward(x, grad, norm, ctx.activation, ctx.over_ranks, again=False)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None
 
 
 class _Convolved(torch.autograd.Function):
@@ -120,15 +112,13 @@ class _Convolved(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        moments: Tensor,
-        eps: float,
+        norm: Tensor,
         activation: Activation,
         over_ranks: bool,
         kernel: Tensor,
         kernel_bias: Tensor | None,
         geometry: Geometry,
     ) -> Tensor:
-        norm = coefficients(weight, bias, moments, eps)
         ctx.save_for_backward(x, norm, kernel, kernel_bias)
         ctx.activation, ctx.over_ranks, ctx.geometry = activation, over_ranks, geometry
         return convolve(_normalised(x, norm, activation, kernel.dtype), kernel, kernel_bias, geometry)
@@ -142,14 +132,7 @@ class _Convolved(torch.autograd.Function):
         y, gradients = _backward(x, y_grad, norm, ctx.activation, ctx.over_ranks, again=True)
         assert y is not None
         kernel_grad, kernel_bias_grad = parameter_gradients(grad, y, kernel, kernel_bias, ctx.geometry)
-        return *gradients, None, None, None, None, kernel_grad, kernel_bias_grad, None
-
-
-def coefficients(weight: Tensor, bias: Tensor, moments: Tensor, eps: float) -> Tensor:
-    """(4, C): mean, γ/σ, β, 1/σ."""
-    mean, var = moments
-    scale = torch.rsqrt(var + eps)
-    return torch.stack([mean, scale * weight, bias, scale])
+        return *gradients, None, None, None, kernel_grad, kernel_bias_grad, None
 
 
 def _backward(
@@ -159,8 +142,10 @@ def _backward(
 
     The gradients of γ and β are this rank's; their mean over ranks is what x's gradient needs.
     """
-    y, u_grad, sums = _activation_backward(x, y_grad, norm, activation, again)
-    means = (all_mean(sums) if over_ranks else sums) / (x.numel() // x.shape[1])
+    count = x.numel() // x.shape[1] * (world_size() if over_ranks else 1)
+    y, u_grad, sums, means = _activation_backward(x, y_grad, norm, activation, again, count)
+    if over_ranks:
+        means = summed(means)
     x_grad = _input_gradient(x, y_grad if u_grad is None else u_grad, norm, means)
     return y, (x_grad, sums[1], sums[0])
 
@@ -181,6 +166,29 @@ def _moments(x: Tensor) -> Tensor:
 
 
 @fused(dynamic=True)
+def _shares(x: Tensor, ranks: int) -> Tensor:
+    """What a rank's x adds to the mean of x and of x² over all ranks' (2, C), in float64: E[x²] − E[x]² cancels."""
+    mean, var = _moments(x).double()
+    return torch.stack([mean, var + mean.square()]) / ranks
+
+
+@fused(dynamic=True, few=True)
+def _of_shares(shares: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Statistics, Tensor]:
+    """The statistics of all ranks' shares together, and their `coefficients`."""
+    mean, square = shares
+    statistics = torch.stack([mean, square - mean.square()]).to(weight.dtype)
+    return statistics, coefficients(weight, bias, statistics, eps)
+
+
+@fused(dynamic=True, few=True)
+def coefficients(weight: Tensor, bias: Tensor, moments: Tensor, eps: float) -> Tensor:
+    """(4, C): mean, γ/σ, β, 1/σ."""
+    mean, var = moments
+    scale = torch.rsqrt(var + eps)
+    return torch.stack([mean, scale * weight, bias, scale])
+
+
+@fused(dynamic=True)
 def _normalised(x: Tensor, norm: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
     """act(γ x̂ + β) in a type of its own."""
     mean, gain, bias, _ = norm[:, :, None, None]
@@ -189,10 +197,10 @@ def _normalised(x: Tensor, norm: Tensor, activation: Activation, dtype: torch.dt
 
 @fused(dynamic=True)
 def _activation_backward(
-    x: Tensor, y_grad: Tensor, norm: Tensor, activation: Activation, again: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    x: Tensor, y_grad: Tensor, norm: Tensor, activation: Activation, again: bool, count: int
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The activated output y where wanted `again`; the gradient of the activation's input u, if it is not that of y;
-    and (2, C): the sum of that gradient, and of its product with x̂.
+    (2, C): the sum of that gradient, and of its product with x̂; and both over `count`.
 
     The sums are over what is kept, as it is kept: they come from a second pass that computes no activation again.
     """
@@ -203,7 +211,7 @@ def _activation_backward(
     u_grad = at_least_float32(kept)
     product_sum = (u_grad * centred).sum(3).sum((0, 2)) * norm[3]
     sums = torch.stack([u_grad.sum(3).sum((0, 2)), product_sum])
-    return y.to(y_grad.dtype) if again else None, None if activation == "identity" else kept, sums
+    return y.to(y_grad.dtype) if again else None, None if activation == "identity" else kept, sums, sums / count
 
 
 @fused(dynamic=True)

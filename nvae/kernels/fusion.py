@@ -74,13 +74,14 @@ def _corner(image: Tensor) -> Tensor:
 
 
 def fused(
-    *, dynamic: bool, least: int | None = None, small: Callable[..., Call] = cropped
+    *, dynamic: bool, least: int | None = None, few: bool = False, small: Callable[..., Call] = cropped
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compiles a function of tensors at its first call on a device that has a compiler; the first argument decides.
 
     `dynamic`: one kernel for all sizes, else one for each; on a GPU always one for each, where threads read several
     numbers at once only if sizes are known; `least`: the number of elements from which on it is worth making (None:
-    `WORTH_COMPILING`); `small` makes of a call's arguments the small ones that the kernel is compared on.
+    `WORTH_COMPILING`); `few`: over few numbers, worth making on a GPU alone, where each operator would be a launch;
+    `small` makes of a call's arguments the small ones that the kernel is compared on.
     The function modifies no argument and passes no gradient.
     """
 
@@ -90,7 +91,7 @@ def fused(
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling() or not _worth_compiling(args[0], least):
+            if torch.compiler.is_compiling() or not _worth_compiling(args[0], least, few):
                 return function(*args, **kwargs)
             if torch.is_grad_enabled():
                 with torch.no_grad():
@@ -173,9 +174,16 @@ def _kind(argument: object) -> object:
     return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad, base
 
 
-def _worth_compiling(x: object, least: int | None) -> bool:
+def _worth_compiling(x: object, least: int | None, few: bool) -> bool:
     """False for small tensors, plainly, and where somebody watches."""
     assert isinstance(x, Tensor)
-    if operations.is_plain() or x.numel() < (WORTH_COMPILING if least is None else least):
+    if operations.is_plain() or not _are_enough(x, least, few):
         return False
     return not watched(x) and compiles(x.device.type)
+
+
+def _are_enough(x: Tensor, least: int | None, few: bool) -> bool:
+    """Whether a kernel for a tensor of that size would pay."""
+    if few:
+        return x.device.type not in ANY_SIZE
+    return x.numel() >= (WORTH_COMPILING if least is None else least)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..core.distributed import all_mean
+from ..core.distributed import summed, world_size
 from ..core.precision import at_least_float32
-from .batch_norm import Norm, Statistics, coefficients, measured
+from .batch_norm import Norm, Statistics, measured
 from .fusion import fused
 from .native import channels_last
 
@@ -52,19 +52,19 @@ def gated_sum(skip: Tensor, x: Tensor, gate: Gate) -> Tensor:
 def batch_norm_gated_sum(skip: Tensor, x: Tensor, norm: Norm, gate: Gate) -> tuple[Tensor, Statistics]:
     """skip + scale · gate · batch_norm(x), of which only x is kept, and x's statistics."""
     skip, x = channels_last(skip), channels_last(x)
-    statistics = measured(x, norm)
-    return _joined(skip, x, norm, statistics, gate), statistics
+    statistics, factors = measured(x, norm)
+    return _joined(skip, x, norm, factors, gate), statistics
 
 
-def _joined(skip: Tensor, x: Tensor, norm: Norm | None, statistics: Statistics | None, gate: Gate) -> Tensor:
-    scales: tuple[Tensor | None, Tensor | None, Tensor | None, float, bool] = (None, None, None, 0.0, True)
+def _joined(skip: Tensor, x: Tensor, norm: Norm | None, factors: Tensor | None, gate: Gate) -> Tensor:
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None, bool] = (None, None, None, True)
     if norm is not None:
-        scales = (norm.weight, norm.bias, statistics, norm.eps, norm.over_ranks)
+        scales = (norm.weight, norm.bias, factors, norm.over_ranks)
     return cast(Tensor, _Joined.apply(skip, x, *scales, *gate))
 
 
 class _Joined(torch.autograd.Function):
-    """skip + scale · gate(mean of y) · y, with y = γ (x − mean)/sqrt(var + eps) + β, or x itself without moments."""
+    """skip + scale · gate(mean of y) · y, with y = γ (x − mean)/sqrt(var + eps) + β, or x itself without a norm."""
 
     @staticmethod
     def forward(
@@ -73,8 +73,7 @@ class _Joined(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        moments: Tensor | None,
-        eps: float,
+        norm: Tensor | None,
         over_ranks: bool,
         squeeze: Tensor,
         squeeze_bias: Tensor,
@@ -83,52 +82,101 @@ class _Joined(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            if moments is None or weight is None or bias is None:
-                one = squeeze.new_ones(x.shape[1])
-                norm = torch.stack([0 * one, one, 0 * one, one])
-            else:
-                norm = coefficients(weight, bias, moments, eps)
-            mean, gain, offset, _ = norm
-            distances = _image_means(x) - mean  # (B, C)
-            hidden = F.relu(F.linear(distances * gain + offset, squeeze, squeeze_bias))  # (B, S)
-            gate = torch.sigmoid(F.linear(hidden, excite, excite_bias))  # (B, C)
+            ctx.normalised, ctx.over_ranks, ctx.scale, ctx.skip_type = norm is not None, over_ranks, scale, skip.dtype
+            if norm is None:
+                norm = _no_norm(excite_bias)
+            distances, means = _means_of_y(_image_means(x), norm)
+            hidden = F.relu(F.linear(means, squeeze, squeeze_bias))  # (B, S)
+            gate, factor, offset = _gated(F.linear(hidden, excite, excite_bias), norm, scale)
             ctx.save_for_backward(x, norm, distances, hidden, gate, squeeze, excite)
-            ctx.normalised, ctx.over_ranks = moments is not None, over_ranks
-            ctx.scale, ctx.skip_type = scale, skip.dtype
-            return _added(skip, x, mean, scale * gate * gain, scale * gate * offset)
+            return _added(skip, x, norm[0], factor, offset)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, distances, hidden, gate, squeeze, excite = ctx.saved_tensors
         grad = channels_last(grads[0])
-        mean, gain, offset, scale = norm
         pixels = x.shape[2] * x.shape[3]
-        grad_sum, product_sum = _image_sums(x, grad, mean)  # (B, C): Σ grad, Σ grad (x − mean)
+        sums = _image_sums(x, grad, norm[0])
 
         # Through the gate.
-        excite_grad = ctx.scale * (gain * product_sum + offset * grad_sum) * gate * (1 - gate)  # (B, C), of its logit
+        excite_grad, means = _gate_gradient(sums, norm, gate, distances, ctx.scale)  # (B, C), of its logit
         squeeze_grad = excite_grad @ excite * (hidden > 0)  # (B, S), before the ReLU
         mean_grad = squeeze_grad @ squeeze  # (B, C), of the channel means of y
-        gating = (
-            squeeze_grad.t() @ (distances * gain + offset),
-            squeeze_grad.sum(0),
-            excite_grad.t() @ hidden,
-            excite_grad.sum(0),
-        )
+        gating = squeeze_grad.t() @ means, squeeze_grad.sum(0), excite_grad.t() @ hidden, excite_grad.sum(0)
 
-        # The gradient of y is scale · gate · grad + mean_grad / pixels; through batch norm from there.
-        factor, constant, slope = ctx.scale * gate, mean_grad / pixels, torch.zeros_like(mean)
+        # Through batch norm.
+        shares: Tensor | None = None
         normalising: tuple[Tensor | None, ...] = (None, None)
         if ctx.normalised:
-            weight_grad = ((factor * product_sum + mean_grad * distances) * scale).sum(0)
-            bias_grad = (factor * grad_sum + mean_grad).sum(0)
-            sums = torch.stack([bias_grad, weight_grad])
-            grad_mean, product_mean = (all_mean(sums) if ctx.over_ranks else sums) / (len(x) * pixels)
-            constant, slope = constant - grad_mean, scale * product_mean
-            normalising = (weight_grad, bias_grad)
-        x_grad = _input_gradient(x, grad, mean, factor * gain, constant * gain, slope * gain)
-        return grad.to(ctx.skip_type), x_grad, *normalising, None, None, None, *gating, None
+            count = len(x) * pixels * (world_size() if ctx.over_ranks else 1)
+            own, shares = _norm_gradients(sums, norm, gate, distances, mean_grad, ctx.scale, count)
+            normalising = own[1], own[0]
+            shares = summed(shares) if ctx.over_ranks else shares
+        x_grad = _input_gradient(x, grad, norm[0], *_slopes(norm, gate, mean_grad, shares, ctx.scale, pixels))
+        return grad.to(ctx.skip_type), x_grad, *normalising, None, None, *gating, None
+
+
+# -------------------------------------------------------------------------------- passes over (B, C) and (C) numbers
+
+
+@fused(dynamic=True, few=True)
+def _no_norm(like: Tensor) -> Tensor:
+    """The coefficients (4, C) of a batch norm that changes nothing."""
+    one = torch.ones_like(like)
+    return torch.stack([0 * one, one, 0 * one, one])
+
+
+@fused(dynamic=True, few=True)
+def _means_of_y(means: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """From the channel means of x: how far they are from the batch's, and those of y; (B, C) each."""
+    mean, gain, offset, _ = norm
+    distances = means - mean
+    return distances, distances * gain + offset
+
+
+@fused(dynamic=True, few=True)
+def _gated(logit: Tensor, norm: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate, and what x − mean is multiplied with, and what is added, in scale · gate · y; (B, C) each."""
+    _, gain, offset, _ = norm
+    gate = torch.sigmoid(logit)
+    return gate, scale * gate * gain, scale * gate * offset
+
+
+@fused(dynamic=True, few=True)
+def _gate_gradient(sums: Tensor, norm: Tensor, gate: Tensor, distances: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradient of the gate's logit from the `_image_sums`, and the channel means of y again; (B, C) each."""
+    grad_sum, product_sum = sums
+    _, gain, offset, _ = norm
+    return scale * (gain * product_sum + offset * grad_sum) * gate * (1 - gate), distances * gain + offset
+
+
+@fused(dynamic=True, few=True)
+def _norm_gradients(
+    sums: Tensor, norm: Tensor, gate: Tensor, distances: Tensor, mean_grad: Tensor, scale: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients (2, C) of β and γ from y's, scale · gate · grad + mean_grad / pixels; and both over `count`."""
+    grad_sum, product_sum = sums
+    factor = scale * gate
+    bias_grad = (factor * grad_sum + mean_grad).sum(0)
+    weight_grad = ((factor * product_sum + mean_grad * distances) * norm[3]).sum(0)
+    gradients = torch.stack([bias_grad, weight_grad])
+    return gradients, gradients / count
+
+
+@fused(dynamic=True, few=True)
+def _slopes(
+    norm: Tensor, gate: Tensor, mean_grad: Tensor, means: Tensor | None, scale: float, pixels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_input_gradient` takes: factor and constant (B, C), and slope (C).
+
+    `means` (2, C), over the batch and ranks, of y's gradient and its product with x̂; None without a norm.
+    """
+    _, gain, _, inverse = norm
+    factor, constant, slope = scale * gate, mean_grad / pixels, torch.zeros_like(gain)
+    if means is not None:
+        constant, slope = constant - means[0], inverse * means[1]
+    return factor * gain, constant * gain, slope * gain
 
 
 # ------------------------------------------------------------------------------------------------ passes over memory

@@ -5,10 +5,12 @@ the type at hand, or as the type's rounding.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -24,7 +26,7 @@ def difference(
 ) -> str:
     """What is wrong with `fast`, in one line, or nothing. An example that it does not compute says nothing."""
     try:
-        with torch.random.fork_rng(), torch.autograd.set_multithreading_enabled(False):
+        with torch.random.fork_rng(), torch.autograd.set_multithreading_enabled(False), _apart():
             for args in examples:
                 for differentiate in (False, True) if differentiable else (False,):
                     if problem := _difference(plain, fast, args, dtype, differentiate):
@@ -32,6 +34,11 @@ def difference(
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
+
+
+def _apart() -> AbstractContextManager[None]:
+    """Within, what is kept for a backward pass is kept, also where a caller's pass is to be computed again."""
+    return saved_tensors_hooks(lambda kept: kept, lambda kept: kept)
 
 
 def _difference(

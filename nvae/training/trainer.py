@@ -3,10 +3,8 @@
 The trainer receives built objects; it knows no family, no data set and no command line.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from inspect import signature
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,16 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.config import Config, flat
 from ..core.devices import device_name
-from ..core.distributed import check_same_state, is_distributed, rank, sum_over_ranks, world_size
+from ..core.distributed import check_same_state, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision, autocast
 from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
 from ..kernels.operations import Mode
-from ..models.base import Family, Metrics, Output, Recomputation
+from ..models.base import Metrics, Output, Recomputation
 from .beginning import training_noise
 from .boards import Wandb
 from .diagnosis import first_non_finite
+from .exchange import Exchange, parallel
 from .folder import RunFolder, is_milestone
 from .interruption import Interruption
 from .optim import Schedule
@@ -63,6 +62,8 @@ class TrainConfig(Config):
     run."""
     profile: int = Field(0, ge=0, le=1000)
     """Updates to record, after the first three of the command: a trace for Chrome or Perfetto, in the run's folder."""
+    exchange: Exchange = "fp32"
+    """The type in which processes exchange gradients: bf16 sends half as much, and rounds."""
     log_every: int = Field(50, ge=1)
     """Updates between two lines of numbers."""
     validate_every: float | None = Field(None, gt=0)
@@ -96,6 +97,8 @@ class TrainConfig(Config):
         idle = {} if scaled else {"loss_scale": f"with precision {self.precision} no loss is scaled"}
         if self.steps is not None and self.steps <= SKIPPED:
             idle["profile"] = f"the first {SKIPPED} updates are not recorded, and steps is {self.steps}"
+        if world_size() == 1:
+            idle["exchange"] = "there is one process"
         return idle
 
 
@@ -129,7 +132,7 @@ class Trainer:
         self.images_per_step = stream.config.batch * world_size() * accumulation
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.buffers = BufferCopy(self.model)
-        self.parallel = _parallel(self.model, self.device)
+        self.parallel = parallel(self.model, self.device, config.exchange)
         self.meter = Meter(self.model.config, self.device, precision)
         self.recorder = Recorder(folder.path, config.profile, self.device)
         self.stopping = False
@@ -236,11 +239,14 @@ class Trainer:
         return non_finite > 0, value
 
     def _update(self, norm: Tensor) -> Metrics:
-        """Clips, updates the weights and what learns otherwise, then their average. Returns the family's metrics."""
+        """Clips, updates the weights and what learns otherwise, then their average. Returns the family's metrics.
+
+        Gradients are unscaled and known to be finite: `scaler.step` would only ask the GPU again.
+        """
         state, clip = self.state, self.schedule.config.clip_norm
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm, foreach=True)
-        state.scaler.step(state.optimiser)
+        state.optimiser.step()
         metrics = self.model.after_update(self.seed, state.step, state.step / self.total_steps)
         if state.average is not None:
             state.average.update()
@@ -377,21 +383,3 @@ class Trainer:
 
     def _content(self) -> dict[str, Any]:
         return {"config": self.resolved_config, **self.state.state_dict()}
-
-
-def _parallel(model: Family[Any], device: torch.device) -> nn.Module:
-    """The model, or the model that exchanges gradients with the other ranks in a few flat buckets."""
-    if not is_distributed():
-        return model
-    # Strides along sides of length 1, which mean nothing, differ between a 1×1 kernel's gradient and its bucket.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    devices = [device.index] if device.type == "cuda" else None
-    options: dict[str, Any] = {_BUFFERS_OPTION: False}
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **options)
-
-
-_BUFFERS_OPTION = (  # whether rank 0 hands out its buffers in every pass; older versions call it otherwise
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
-    else "broadcast_buffers"
-)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae.bricks import convolutions
 from nvae.bricks.convolutions import Conv2d, EffectiveWeights, weight_norm
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -127,6 +128,40 @@ def test_the_derivative_of_weight_norm_is_that_of_finite_differences() -> None:
 
 
 # ------------------------------------------------------------------------------------------ those of a whole model
+
+
+def test_weights_made_in_stages_are_those_made_together_and_so_are_their_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stage holds the first of each kind, the other one the second."""
+    network = Network()
+    stages = [list(network.convolutions)[first::2] for first in (1, 0)]
+    network.weights = EffectiveWeights(network, stages=stages)
+    monkeypatch.setattr(convolutions, "is_distributed", lambda: True)
+
+    def gradients() -> list[Tensor]:
+        network.zero_grad()
+        matrices = network.weights.matrices
+        loss = sum(c.effective_weight().square().sum() for c in network.convolutions)
+        (loss + sum((matrix**3).sum() for matrix in matrices.values())).backward()
+        return [matrix.detach() for matrix in matrices.values()] + [p.grad for p in network.parameters()]
+
+    network.weights.refresh()
+    together = gradients()
+    network.weights.begin()
+    network.weights.reach(1)
+    torch.testing.assert_close(gradients(), together, rtol=0, atol=0)
+
+
+def test_weights_of_a_stage_are_made_when_the_pass_gets_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network()
+    first, *others = network.convolutions
+    network.weights = EffectiveWeights(network, stages=[[first], others])
+    monkeypatch.setattr(convolutions, "is_distributed", lambda: True)
+    network.weights.begin()
+    assert first._effective is not None and others[0]._effective is None
+    network.weights.reach(1)
+    assert others[0]._effective is not None
 
 
 def test_weights_made_together_are_those_made_one_by_one() -> None:

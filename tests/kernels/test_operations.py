@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from tiny_run import column, tiny_run, train_in
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import nvae.models.nvae.model  # noqa: F401, every operation is there
+from nvae.bricks.normalisation import batch_norm
 from nvae.kernels import operations, verdicts
 from nvae.kernels.operations import TABLE, Operation, load, operation, settle, using
 
@@ -150,6 +152,17 @@ def test_judging_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     settle(CPU, [torch.float32])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_judged_in_a_pass_that_is_computed_again_is_judged_alike() -> None:
+    found = []
+
+    def part(x: Tensor) -> Tensor:
+        found.append(batch_norm.problem_of("batch_norm:batch_norm", CPU, torch.float32))
+        return x.exp()
+
+    checkpoint(part, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert found == [""]
 
 
 @pytest.mark.parametrize("wrong", ["off by 1e-2", "raises"])

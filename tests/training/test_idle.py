@@ -24,6 +24,7 @@ MIXTURE = ["model.likelihood.kind=logistic_mixture", "data.binarize=false"]
         (["optim.skip_limit=4"], "there is neither skip_norm nor skip_quantile"),
         (["train.loss_scale=8"], "with precision fp32 no loss is scaled"),
         (["train.steps=3", "train.profile=2"], "the first 3 updates are not recorded, and steps is 3"),
+        (["train.exchange=bf16"], "there is one process"),
         (["model.min_groups=2"], "without adaptive_groups all scales have the same"),
         (["model.likelihood.components=3"], "the likelihood is bernoulli"),
         (["model.likelihood.edge=published"], "the likelihood is bernoulli"),

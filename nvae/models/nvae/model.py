@@ -19,7 +19,7 @@ from ...bricks.groups import LatentGroup, Tower
 from ...bricks.labels import ClassVectors
 from ...bricks.latents import Draw, Normal
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
-from ...bricks.normalisation import BatchNorm
+from ...bricks.normalisation import BatchNorm, advancing_together
 from ...bricks.recomputation import Recomputable
 from ...bricks.regularizers import SpectralPenalty, batch_norm_penalty
 from ...kernels.operations import memory_format
@@ -28,6 +28,9 @@ from ..config import ModelConfig
 from ..hierarchy import EncodedImages, Hierarchy
 from .config import NVAEConfig
 from .objective import balance_factors, balance_weights, balanced_kl, kl_coefficient, spectral_weight
+
+STAGES = 3
+"""Of each way of a pass, up and down. Ranks exchange a stage's gradients as soon as the backward pass has left it."""
 
 
 @dataclass
@@ -142,7 +145,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         likelihood = LIKELIHOODS[config.likelihood.kind]
         self.head = Conv2d(decoder, likelihood.params_per_pixel(config.likelihood, config.image_channels), 3)
 
-        self.weights = EffectiveWeights(self)
+        self.weights = EffectiveWeights(self, stages=self._stages())
         self.spectral = SpectralPenalty(self.weights.shapes)
         # False until `begin` has set what starts from data.
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
@@ -161,19 +164,25 @@ class NVAE(Hierarchy[NVAEConfig]):
         """Top-down."""
         return cast("list[LatentGroup]", list(self.groups))
 
+    @property
+    def norms(self) -> list[BatchNorm]:
+        """Every batch norm."""
+        return [module for module in self.modules() if isinstance(module, BatchNorm)]
+
     # ------------------------------------------------------------------------------------------------- the contract
 
     def forward(self, x: Tensor, noise: Noise | None = None, labels: Tensor | None = None) -> Output:
         """(B, C, H, W) in [0, 1] -> Output. Both ways with one set of effective weights."""
         if not self.training:
             self.check_images(x)
-        features, noise = self.encode(x, labels), self.noise_for(len(x), noise)
-        return self.decoded(TopDownPass(self, self.as_known(features, noise), len(x)), features.target, noise)
+        with advancing_together(self.norms if self.training else []):
+            features, noise = self.encode(x, labels), self.noise_for(len(x), noise)
+            return self.decoded(TopDownPass(self, self.as_known(features, noise), len(x)), features.target, noise)
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
         self.check_labels(labels, len(x))
-        self.weights.refresh()
+        self.weights.begin()
         return self.bottom_up(x, labels)
 
     def top_down(self, features: Any = None, n: int = 1, labels: Tensor | None = None) -> TopDown:
@@ -252,6 +261,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         state = self.preprocess(self.stem(image))
         taps: list[Tensor] = []
         for g in reversed(range(len(self.groups))):
+            self.weights.reach(self._stages_of(g)[0])
             state = cast(LatentGroup, self.groups[g]).encoder_cells(state)
             if g == 0:
                 state = F.elu(self.top(state, "elu"))
@@ -281,21 +291,45 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def entering(self, g: int, state: Tensor) -> Tensor:
         """The decoder state at group g's resolution, after its cells."""
+        self.weights.reach(self._stages_of(g)[1])
         if (joint := self.joint_above(g)) is not None:
             state = self.up[joint](state)
         return cast(Tensor, cast(LatentGroup, self.groups[g]).decoder_cells(state))
 
     def likelihood(self, state: Tensor) -> Likelihood:
         """p(x | z) from the state after the last group."""
+        self.weights.reach(2 * STAGES - 1)
         params = self.head(self.postprocess(state), "elu")
         config = self.config.likelihood
         return LIKELIHOODS[config.kind](params, config, self.config.image_channels, recompute=self.recompute)
+
+    # ------------------------------------------------------------------------------------------------------- stages
+
+    def _stages_of(self, g: int) -> tuple[int, int]:
+        """Those in which a pass gets to group g on its way up and on its way down."""
+        part = g * STAGES // len(self.groups)
+        return STAGES - 1 - part, STAGES + part
+
+    def _stages(self) -> list[list[nn.Module]]:
+        """What a pass gets to in each."""
+        stages: list[list[nn.Module]] = [[] for _ in range(2 * STAGES)]
+        stages[0] += [self.stem, self.preprocess]
+        stages[STAGES - 1].append(self.top)
+        stages[-1] += [self.postprocess, self.head]
+        for g, group in enumerate(self.latent_groups):
+            up, down = self._stages_of(g)
+            stages[up].append(group.encoder_cells)
+            stages[down] += [part for name, part in group.named_children() if name != "encoder_cells"]
+            if (joint := self.joint_above(g)) is not None:
+                stages[up].append(self.down[joint])
+                stages[down].append(self.up[joint])
+        return stages
 
     # --------------------------------------------------------------------------------------------------- objective
 
     def batch_norm_penalty(self) -> Tensor:
         """Σ max|γ| over the batch norms."""
-        return batch_norm_penalty([m.weight for m in self.modules() if isinstance(m, BatchNorm)])
+        return batch_norm_penalty([norm.weight for norm in self.norms])
 
     def balance_factors(self, device: torch.device) -> Tensor:
         """α of each group, (G,)."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...bricks.labels import partly_unknown
 from ...bricks.likelihoods import Likelihood
 from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_distances
+from ...core.devices import sent
 from ...core.errors import UserError
 from ...core.precision import in_float64
 from ..base import (
@@ -207,8 +208,8 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
 
         Where codes are drawn they are of the KL, which differs from the rate by what no weight can change.
         """
-        codes = torch.tensor([shape.height * shape.width for shape in self.first.config.maps]).to(output.kl)
-        per_code = output.kl.mean(0) / codes
+        codes = torch.tensor([shape.height * shape.width for shape in self.first.config.maps], dtype=output.kl.dtype)
+        per_code = output.kl.mean(0) / sent(codes, output.kl.device)
         loss = per_code.sum()
         if self.config.train_decoder:
             loss = loss + output.reconstruction.mean() / output.likelihood.dims / self.first.config.variance

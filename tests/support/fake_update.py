@@ -1,0 +1,115 @@
+"""Updates of a run on a GPU that is not there, alone or as one of many ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_gpu import GPU, Trace, fake_gpu
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nvae.bricks.regularizers import SpectralPenalty
+from nvae.core.precision import Precision
+from nvae.data.loading import Batch
+from nvae.training import setup, trainer
+from nvae.training.config import AnyRunConfig
+from nvae.training.optim import Schedule
+from nvae.training.trainer import Trainer
+
+TOTAL_STEPS = 1000
+STEP = 100
+"""The update that is traced: in the KL's warm-up, without a line of numbers."""
+
+
+@contextmanager
+def ranks(world: int) -> Iterator[None]:
+    """Within, this process is the first of so many, whose collectives do nothing."""
+    if world > 1:
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1, accumulation: int = 1) -> Trace:
+    """What an update of a run asks of its GPU, as one of `world` ranks, once the optimiser has its memory.
+
+    Without DDP, whose exchange of gradients is PyTorch's own; and without loading images.
+    """
+    with pytest.MonkeyPatch.context() as patch, ranks(world), fake_gpu(patch):
+        patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
+        run = _trainer(config, precision, accumulation)
+        for parameter in run.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        run.state.optimiser.step()
+        trace = Trace(patch)
+        with trace:
+            run.step()
+    return trace
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """When a rank's gradients are complete in its backward pass."""
+
+    gradients: list[tuple[int, int]]
+    """Bytes that the pass has moved by then, and how many numbers there are of a parameter."""
+    moved: int
+    """Bytes in all."""
+
+    def after(self, share: float) -> float:
+        """The share of all numbers that is complete when the pass has moved that share of its bytes."""
+        ready = sum(numbers for moved, numbers in self.gradients if moved <= share * self.moved)
+        return ready / sum(numbers for _, numbers in self.gradients)
+
+
+def readiness(config: AnyRunConfig, *, world: int) -> Readiness:
+    """That of a run in fp16, of the first of its ranks."""
+    with pytest.MonkeyPatch.context() as patch, ranks(world), fake_gpu(patch):
+        patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
+        run = _trainer(config, "fp16", 1)
+        trace = Trace(patch)
+        found: list[tuple[int, int]] = []
+        for parameter in run.parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: found.append((trace.moved.total(), p.numel())))
+        with trace:
+            run.batch = next(run.batches)
+            loss, _ = run._loss(run.parallel)
+            start = trace.moved.total()
+            loss.backward()
+    return Readiness([(moved - start, numbers) for moved, numbers in found], trace.moved.total() - start)
+
+
+def _trainer(config: AnyRunConfig, precision: Precision, accumulation: int) -> Trainer:
+    with GPU:
+        state = setup._state(config, GPU, precision)
+    for module in state.model.modules():
+        if isinstance(module, SpectralPenalty):
+            module._started = True
+    model, data = config.model, config.data
+    images = torch.zeros(data.batch, model.image_channels, model.image_size, model.image_size, device=GPU)
+    labels = torch.zeros(data.batch, dtype=torch.int64, device=GPU)
+    unused: Any = None
+    run = Trainer(
+        state,
+        cast(Any, SimpleNamespace(config=data, seed=0, epoch_size=50_000)),
+        Schedule(config.optim, TOTAL_STEPS, 10.0, data.batch),
+        config.train.model_copy(update={"log_every": TOTAL_STEPS}),
+        unused,
+        unused,
+        unused,
+        cast(Any, SimpleNamespace(requested=False)),
+        accumulation=accumulation,
+        precision=precision,
+        resolved_config={},
+    )
+    run.model.train()
+    run.state.step = STEP
+    run.batches = cast(Any, iter(lambda: Batch(images, list(range(data.batch)), labels), None))
+    return run
