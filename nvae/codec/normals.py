@@ -33,7 +33,7 @@ NUMBERS = 4
 """That a latent's two distributions are made of."""
 FINEST, COARSEST = 12, -1
 """Allowed b."""
-IDLE = 3e-4
+IDLE = 1e-4
 """Mean nats of a latent below which its channel says nothing."""
 IDLE_BITS = 4
 """b of such a channel: it costs nothing."""

@@ -22,7 +22,8 @@ DOUBT = (
 )
 OTHER_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
-"""Tags and a value of TIFF."""
+SAMPLE_FORMAT, SIGNED = 339, 2
+"""Tags and values of TIFF."""
 
 
 class DoubtfulPixels(UserWarning):
@@ -39,6 +40,8 @@ def eight_bits(image: ImageFile, data: bytes) -> Image.Image:
     `data` is its file: Pillow drops the lower half of 16-bit colours, which is read again. Raises UnknownPixelsError.
     """
     modes = [_raw_mode(tile) for tile in image.tile]
+    if SIGNED in getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, ()):
+        raise UnknownPixelsError("signed numbers, of which Pillow would make other greys; from 0 up is read")
     image.load()
     if image.mode.startswith("I"):
         return _sixteen_bit_grey(image)

@@ -133,3 +133,9 @@ def test_of_a_moving_picture_the_first_is_taken() -> None:
 def test_floats_are_refused_by_their_kind() -> None:
     with pytest.raises(BadImage, match="pixels of the kind F"):
         decode(file_bytes(Image.new("F", (4, 4)), "TIFF"))
+
+
+def test_signed_numbers_are_refused() -> None:
+    signed = file_bytes(Image.fromarray(np.zeros((4, 4), dtype=np.uint8)), "TIFF", tiffinfo={339: 2})
+    with pytest.raises(BadImage, match="signed numbers"):
+        decode(signed)
