@@ -77,6 +77,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within, tensors on `GPU` can be made and trained, with autocast."""
     patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    patch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     patch.setattr("nvae.core.randomness.generator", lambda *key: None)
     patch.setattr(torch.nn.Module, "to", lambda module, *place: module)  # it is made where it shall be
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -95,7 +96,7 @@ def _trainer(config: AnyRunConfig, precision: Precision, accumulation: int) -> T
     model, data = config.model, config.data
     images = torch.zeros(data.batch, model.image_channels, model.image_size, model.image_size, device=GPU)
     labels = torch.zeros(data.batch, dtype=torch.int64, device=GPU)
-    unused: Any = None
+    unused = cast(Any, SimpleNamespace(path=Path("nowhere")))
     run = Trainer(
         state,
         cast(Any, SimpleNamespace(config=data, seed=0, epoch_size=50_000)),
