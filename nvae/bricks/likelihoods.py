@@ -61,6 +61,11 @@ class LikelihoodConfig(Config):
         return int(2**self.bits - 1)
 
     @property
+    def highest_level(self) -> int:
+        """The highest that an image's pixels have: V, or 1 where they are binary."""
+        return 1 if self.kind == "bernoulli" else self.levels
+
+    @property
     def highest(self) -> float:
         """The highest level on the [−1, 1] scale, where the lowest is −1."""
         return 2 * highest_level(self.bits, self.grid) - 1

@@ -36,9 +36,9 @@ class Coder(ABC):
         require_probabilities(likelihood.kind, likelihood.bits)
         self.model = deepcopy(model).cpu().double().eval()
         self.border = likelihood.border
-        self.size = model.config.image_size - 2 * self.border
+        self.size = model.config.visible_size
         self.colours = model.config.image_channels
-        self.levels = 1 if likelihood.kind == "bernoulli" else likelihood.levels
+        self.levels = likelihood.highest_level
         self.start_words = 0
         """Random words that a stack begins with."""
         self.bits_of_grids: list[list[int | None]] | None = None
@@ -152,20 +152,21 @@ class BitsBack(Coder):
         """Pops latents, pops pixels, pushes latents: the opposite."""
         rounding, dice = Rounding(len(stacks), noted), self._dice(numbers)
         with exactly():
-            groups, latents = self.model.top_down(n=len(stacks), labels=labels), []
+            groups = self.model.top_down(n=len(stacks), labels=labels)
+            grids, latents = [], []
             for g in range(len(self.shapes)):
                 grid = self._grid(groups, g, rounding)
                 integers = self._drawn(grid, grid.prior, stacks, dice)
                 groups.enter(grid.values(integers))
+                grids.append(grid)
                 latents.append(integers)
             images = self._pop_pixels(stacks, groups.likelihood(), rounding)
             groups = self.model.top_down(self.model.encode(self.seen(images), labels))
             posteriors = []
-            for g, integers in enumerate(latents):
-                grid = self._grid(groups, g, rounding)
-                posteriors.append((grid, grid.posterior(groups.posterior(), rounding)))
+            for grid, integers in zip(grids, latents, strict=True):
+                posteriors.append(grid.posterior(groups.posterior(), rounding))
                 groups.enter(grid.values(integers))
-        for (grid, q), integers in zip(reversed(posteriors), reversed(latents), strict=True):
+        for grid, q, integers in zip(reversed(grids), reversed(posteriors), reversed(latents), strict=True):
             for b, stack in enumerate(stacks):
                 stack.push(integers[b, grid.tells], grid.model, *q.of(b, grid.tells))
         return images

@@ -119,9 +119,8 @@ def _some_squares(model: Family[Any], pictures: Sequence[Picture]) -> np.ndarray
 
 def _squares(model: Family[Any], pictures: Iterable[Picture]) -> Iterator[tuple[np.ndarray, int]]:
     """The squares (C, S, S) of all pictures, one after the other, and the class of each."""
-    side = model.config.image_size - 2 * model.config.likelihood.border
     for picture in pictures:
-        for square in cut(picture.levels.astype(np.int64), side):
+        for square in cut(picture.levels.astype(np.int64), model.config.visible_size):
             yield square, picture.label
 
 
@@ -177,10 +176,11 @@ class Lost:
 
 def require_made_by(archive: Archive, model: Family[Any], name: str) -> None:
     """Raises UserError for an archive that another model has made, before anything is decoded."""
-    if archive.index.model != checksum_of(model):
+    made, found = archive.index.model, checksum_of(model)
+    if made != found:
         raise UserError(
             f"{archive.path}: was made by another model than {name}: its {archive.index.family} has the checksum "
-            f"{archive.index.model[:16]}…, {name} {checksum_of(model)[:16]}…; it takes the very weights"
+            f"{made[:16]}…, {name} {found[:16]}…; it takes the very weights"
         )
 
 

@@ -24,7 +24,7 @@ def write_codes(store: Path, run: Path, config: DataConfig, *, progress: bool = 
             f"--codes: {run} takes binarised images, which are drawn anew each time and have other codes then; a prior "
             "makes them of each batch"
         )
-    size = model.config.image_size - 2 * likelihood.border
+    size = model.config.visible_size
     if (config.size, config.channels) != (size, model.config.image_channels):
         raise UserError(
             f"--codes: {run} takes images of {size}×{size} with {model.config.image_channels} channels, {store} holds "

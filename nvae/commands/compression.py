@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ..codec import others
@@ -16,8 +17,8 @@ from ..codec.archive import Archive
 from ..codec.compression import CHAIN, Lost, Picture, compress, decompress
 from ..core.errors import UserError
 from ..core.files import atomic_file
-from ..core.randomness import keyed_normal
 from ..data.splits import Split
+from ..evaluation.bounds import Evaluator
 from ..evaluation.results import once
 from ..models.base import Family
 from .pictures import pictures_of_split
@@ -51,13 +52,12 @@ def evaluate_compression(subject: Subject, split: Split, limit: int | None = Non
         pictures = pictures_of_split(subject.model, subject.data, split, images, seed)
         bound = negative_elbo(subject.model, pictures, seed) / math.log(2)
         found, spent = measured(subject.model, pictures)
-        levels = 1 if subject.model.config.likelihood.kind == "bernoulli" else subject.model.config.likelihood.levels
+        plain = [picture.levels for picture in pictures]
         alone = {}
-        for name, encode in others.encoders(levels).items():
-            bits = others.bits_each(encode, [picture.levels for picture in pictures])
-            together = others.bits_in_one(encode, [picture.levels for picture in pictures])
-            alone[name] = bits
-            found["others"][name] = {"each": float(bits.sum()), "in_one": together}
+        for name, encode in others.encoders(subject.model.config.likelihood.highest_level).items():
+            alone[name] = others.bits_each(encode, plain)
+            together = others.bits_in_one(encode, plain)
+            found["others"][name] = {"each": float(alone[name].sum()), "in_one": together}
         found["bound"] = float(bound.sum())
         found["bound_error"] = float(bound.std(ddof=1) / math.sqrt(len(bound))) if len(bound) > 1 else 0.0
         draw(subject.folder / "compression.png", bound, spent, alone)
@@ -97,21 +97,17 @@ def measured(model: Family[Any], pictures: Sequence[Picture]) -> tuple[dict[str,
     }, made.bits
 
 
-@torch.no_grad()
 def negative_elbo(model: Family[Any], pictures: Sequence[Picture], seed: int) -> np.ndarray:
-    """(N,) nats, one draw of each image."""
-    likelihood = model.config.likelihood
-    levels = 1 if likelihood.kind == "bernoulli" else likelihood.levels
+    """(N,) nats, one draw of each image: the one that evaluations take."""
+    likelihood, evaluator = model.config.likelihood, Evaluator(model, seed=seed)
     found = []
     for first in range(0, len(pictures), BATCH):
         some = pictures[first : first + BATCH]
-        x = torch.from_numpy(np.stack([picture.levels for picture in some])).float() / levels
-        x = torch.nn.functional.pad(x, [likelihood.border] * 4)
-        labels = torch.tensor([picture.label for picture in some]) if model.config.classes else None
-        numbers = list(range(first, first + len(some)))
-        noise = keyed_normal(model.latent_shapes(len(some)), numbers, seed, "compression", "cpu")
-        output = model(x, noise=noise, labels=labels)
-        found.append((output.reconstruction + output.kl.sum(1)).double().numpy())
+        x = torch.from_numpy(np.stack([picture.levels for picture in some])).float() / likelihood.highest_level
+        labels = torch.tensor([picture.label for picture in some])
+        places = range(first, first + len(some))
+        figures = evaluator.measure(F.pad(x, [likelihood.border] * 4), places, labels)
+        found.append((figures.reconstruction + figures.kl.sum(1)).numpy())
     return np.concatenate(found)
 
 

@@ -44,8 +44,7 @@ def pictures_of_split(
 ) -> list[Picture]:
     """The first `limit` images of a split, named by it and their number: as they are evaluated, binarised ones too."""
     likelihood = model.config.likelihood
-    levels = 1 if likelihood.kind == "bernoulli" else likelihood.levels
-    border = likelihood.border
+    levels, border = likelihood.highest_level, likelihood.border
     cpu = torch.device("cpu")
     batches = evaluation_batches(open_images(data, split), data, batch=256, device=cpu, seed=seed, stop=limit)
     found = []

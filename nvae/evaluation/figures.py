@@ -176,4 +176,4 @@ def bits_per_dim(nats: float, dims: int) -> float:
 
 def dims_of(config: ModelConfig) -> int:
     """How many numbers of an image count: channels · height · width without the border."""
-    return config.image_channels * (config.image_size - 2 * config.likelihood.border) ** 2
+    return config.image_channels * config.visible_size**2

@@ -34,6 +34,11 @@ class ModelConfig(Config):
             raise ValueError(f"likelihood.border: {self.likelihood.border} leaves nothing of {self.image_size} pixels")
         return self
 
+    @property
+    def visible_size(self) -> int:
+        """Height and width of what counts of an image in pixels, without the border."""
+        return self.image_size - 2 * self.likelihood.border
+
     def with_likelihood(self, **fields: Any) -> Self:
         """The same model with some fields of its likelihood changed."""
         return self.model_copy(update={"likelihood": self.likelihood.model_copy(update=fields)})

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import TWO_BLOCKS
 from linear_gaussian import linear_gaussian
 from torch import Tensor
 from toy_family import Toy, ToyConfig
@@ -18,14 +19,12 @@ from nvae.models.vdvae.config import VDVAEConfig
 from nvae.models.vdvae.model import VDVAE
 from nvae.models.vqvae.config import VQVAEConfig
 
-VERY_DEEP = {"image_size": 8, "width": 8, "encoder": "8d8,1x1", "decoder": "1x1,8m1", "input_mean": 1, "input_std": 1}
-
 
 @pytest.fixture(params=["nvae", "vdvae", "toy"])
 def model(request: pytest.FixtureRequest, tiny_config: Callable[..., NVAEConfig]) -> Family[Any]:
     made: dict[str, Callable[[], Family[Any]]] = {
         "nvae": lambda: NVAE(tiny_config()),
-        "vdvae": lambda: VDVAE(validate(VDVAEConfig, VERY_DEEP, "test")),
+        "vdvae": lambda: VDVAE(validate(VDVAEConfig, TWO_BLOCKS, "test")),
         "toy": lambda: Toy(ToyConfig(image_size=8)),
     }
     return made[request.param]()

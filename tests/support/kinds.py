@@ -14,6 +14,8 @@ SMALL: dict[str, Any] = {
     "encoder_cells": 1,
     "decoder_cells": 1,
 }
+TWO_BLOCKS = {"image_size": 8, "width": 8, "encoder": "8d8,1x1", "decoder": "1x1,8m1", "input_mean": 1, "input_std": 1}
+"""A Very Deep VAE as small."""
 KINDS: dict[str, dict[str, Any]] = {
     "one scale": {},
     "two scales and a flow": {"scales": 2, "groups": 2, "adaptive_groups": True, "flows": 1},

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from kinds import TWO_BLOCKS
+from tiny_run import TINY
 from tiny_vqvae import FIRST, IMAGES, SNAIL
 
 from nvae.codec.coders import Coder
@@ -19,24 +21,12 @@ from nvae.models.vqvae.config import VQVAEConfig, VQVAEPriorConfig
 from nvae.models.vqvae.model import VQVAE
 from nvae.models.vqvae.prior import VQVAEPrior
 
-TINY_NVAE: dict[str, Any] = {
-    "image_size": 8,
-    "latent_channels": 2,
-    "encoder_channels": 4,
-    "decoder_channels": 4,
-    "preprocess_cells": 1,
-    "postprocess_cells": 1,
-    "encoder_cells": 1,
-    "decoder_cells": 1,
-}
-BINARY: dict[str, Any] = {"image_channels": 1, "likelihood": {"kind": "bernoulli"}}
 COLOUR: dict[str, Any] = {"image_channels": 3, "likelihood": {"kind": "logistic_mixture", "components": 2}}
-VERY_DEEP = {"image_size": 8, "width": 8, "encoder": "8d8,1x1", "decoder": "1x1,8m1", "input_mean": 1, "input_std": 1}
 
 
 def tiny_nvae(**changes: Any) -> Family[Any]:
     """Of two groups, binary images of 8×8 unless told otherwise; its weights far enough from their start to matter."""
-    return stirred(NVAE(validate(NVAEConfig, {**TINY_NVAE, "groups": 2, **BINARY, **changes}, "tiny")))
+    return stirred(NVAE(validate(NVAEConfig, {**TINY["model"], **changes}, "tiny")))
 
 
 def stirred(model: Family[Any], shrunk: float = 1.0) -> Family[Any]:
@@ -55,7 +45,7 @@ MODELS: dict[str, Callable[[], Family[Any]]] = {
     "nvae, grey": lambda: tiny_nvae(**{**COLOUR, "image_channels": 1}),
     "nvae, colour": lambda: tiny_nvae(**COLOUR),
     "nvae, two scales and a border": lambda: tiny_nvae(scales=2, likelihood={"kind": "bernoulli", "border": 1}),
-    "very deep": lambda: stirred(VDVAE(validate(VDVAEConfig, {**VERY_DEEP, **COLOUR}, "tiny")), shrunk=0.5),
+    "very deep": lambda: stirred(VDVAE(validate(VDVAEConfig, {**TWO_BLOCKS, **COLOUR}, "tiny")), shrunk=0.5),
     "codes": lambda: stirred(VQVAE(validate(VQVAEConfig, FIRST, "tiny"))),
     "codes with a prior": lambda: tiny_prior(),
 }

@@ -34,6 +34,19 @@ TINY: dict[str, Any] = {
     "train": {"steps": 6, "log_every": 1, "save_every": 2, "keep": 100, "device": "cpu"},
 }
 
+VERY_DEEP: dict[str, Any] = {
+    "family": "vdvae",
+    "image_size": 8,
+    "image_channels": 1,
+    "likelihood": {"kind": "bernoulli"},
+    "width": 8,
+    "latent_channels": 2,
+    "encoder": "8x1,8d2,4d4,1x1",
+    "decoder": "1x1,4m1,8m4,8x1",
+    "bias_up_to": 4,
+}
+"""The model section of a Very Deep VAE as small."""
+
 EVERY_BRICK = ("model.scales=2", "model.adaptive_groups=true", "model.flows=1")
 """Three groups on two scales, with flows."""
 

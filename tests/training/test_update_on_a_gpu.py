@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fake_gpu import let_it_train
 from fake_update import traced_update
-from tiny_run import EVERY_BRICK, TINY, tiny_run
+from tiny_run import EVERY_BRICK, TINY, VERY_DEEP, tiny_run
 from tiny_vqvae import first_config, prior_config
 
 from nvae.core.config import apply_overrides
@@ -17,19 +17,7 @@ from nvae.training.config import AnyRunConfig, run_config
 JUDGING = "_local_scalar_dense at training/trainer.py:_judge"
 """The one read of an update: three numbers, by which all ranks decide together whether it is made."""
 ADAMW = {"name": "adamw", "lr": 1e-2, "warmup_steps": 2, "eps": 1e-8}
-LADDER = {
-    "family": "vdvae",
-    "image_size": 8,
-    "image_channels": 1,
-    "likelihood": {"kind": "bernoulli"},
-    "width": 8,
-    "latent_channels": 2,
-    "encoder": "8x1,8d2,4d4,1x1",
-    "decoder": "1x1,4m1,8m4,8x1",
-    "bias_up_to": 4,
-    "input_mean": 120.0,
-    "input_std": 60.0,
-}
+LADDER = {**VERY_DEEP, "input_mean": 120.0, "input_std": 60.0}
 MIXTURE = ("model.likelihood={kind: logistic_mixture, components: 2}", "data.binarize=false")
 RUNS: dict[str, Callable[[], AnyRunConfig]] = {
     "nvae": lambda: tiny_run(*EVERY_BRICK, *MIXTURE),

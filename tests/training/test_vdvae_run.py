@@ -9,7 +9,7 @@ import pytest
 import torch
 from entry_scripts import call, results_of
 from processes import start_ranks
-from tiny_run import TINY, checkpoint, column, differences, log, tiny_run, train_in
+from tiny_run import TINY, VERY_DEEP, checkpoint, column, differences, log, tiny_run, train_in
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -21,24 +21,15 @@ from nvae.models.vdvae.published import to_published
 from nvae.training.config import AnyRunConfig, run_config
 from nvae.training.trainer import Trainer
 
-MODEL = {
-    "family": "vdvae",
-    "image_size": 8,
-    "image_channels": 1,
-    "likelihood": {"kind": "bernoulli"},
-    "width": 8,
-    "latent_channels": 2,
-    "encoder": "8x1,8d2,4d4,1x1",
-    "decoder": "1x1,4m1,8m4,8x1",
-    "bias_up_to": 4,
-}
 OPTIM = {"name": "adamw", "lr": 1e-2, "schedule": "constant", "warmup_steps": 2, "betas": [0.9, 0.9], "eps": 1e-8}
 LIMITS = {"clip_norm": 0.05, "skip_norm": 10, "ema": 0.9}
 
 
 def config(*overrides: str) -> AnyRunConfig:
     """A run of six updates, clipped, watched for skipping, and averaged."""
-    return run_config(apply_overrides({**TINY, "model": MODEL, "optim": {**OPTIM, **LIMITS}}, list(overrides)), "tiny")
+    return run_config(
+        apply_overrides({**TINY, "model": VERY_DEEP, "optim": {**OPTIM, **LIMITS}}, list(overrides)), "tiny"
+    )
 
 
 @pytest.fixture(scope="module")
