@@ -145,7 +145,29 @@ def _count(value: Any, depth: int = 0) -> int:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds. Raises UserError when it is missing, unreadable or something else."""
+    """The mapping that a YAML file holds, laid over the file that it names as its `base`, if it names one.
+
+    `base: ../cifar10.yaml` is relative to the file. Sections are joined field by field; a base may have a base. Its
+    `name` stays its own. Raises UserError for files that are missing, unreadable, something else, or their own base.
+    """
+    return _over_base(path, ())
+
+
+def _over_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """`read_yaml`; `above`: the files whose base this one is."""
+    data = _mapping_in(path)
+    if "base" not in data:
+        return data
+    base, above = data.pop("base"), (*above, path.resolve())
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: takes the path of a YAML file, found {shortened(base)}")
+    below = path.parent / base
+    if below.resolve() in above:
+        raise UserError(f"{path}: base: {base} is based on this file")
+    return joined({key: value for key, value in _over_base(below, above).items() if key != "name"}, data)
+
+
+def _mapping_in(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -156,6 +178,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: a config is a mapping of sections, found {type(data).__name__}")
     return data
+
+
+def joined(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes` in place of its own; mappings in both are joined in the same way."""
+    result = dict(base)
+    for key, value in changes.items():
+        below = result.get(key)
+        result[key] = joined(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:

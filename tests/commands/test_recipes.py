@@ -22,6 +22,11 @@ def test_a_recipe_is_found_by_its_name_from_anywhere(elsewhere: Path, name: str)
     assert recipe(name) == ROOT / "configs" / "cifar10.yaml"
 
 
+@pytest.mark.parametrize("name", ["ablations/mnist_base", "configs/ablations/mnist_base.yaml"])
+def test_an_ablation_is_found_by_its_folder_and_name(elsewhere: Path, name: str) -> None:
+    assert recipe(name) == ROOT / "configs" / "ablations" / "mnist_base.yaml"
+
+
 def test_a_file_that_is_there_comes_first(elsewhere: Path) -> None:
     (elsewhere / "cifar10.yaml").write_text("")
     assert recipe("cifar10.yaml") == Path("cifar10.yaml")

@@ -316,3 +316,50 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)
 )
 def test_values_without_end_are_refused(text: str, reason: str) -> None:
     assert reason in complaint(car, text)
+
+
+# ------------------------------------------------------------------------------------------------------------- base
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_changes_fields_of_its_base_whose_path_is_relative_to_it(tmp_path: Path) -> None:
+    written(tmp_path, "cars/lorry.yaml", "name: lorry\nseats: 2\nengine: {rate: 0.5, fuel: steam}\n")
+    child = written(tmp_path, "mine/lorry2.yaml", "base: ../cars/lorry.yaml\nengine: {rate: 0.7}\n")
+    assert read_yaml(child) == {"seats": 2, "engine": {"rate": 0.7, "fuel": "steam"}}
+
+
+def test_a_base_may_have_a_base(tmp_path: Path) -> None:
+    written(tmp_path, "a.yaml", "seats: 2\nopen: true\nweight: 1.0\n")
+    written(tmp_path, "b.yaml", "base: a.yaml\nseats: 3\nopen: false\n")
+    assert read_yaml(written(tmp_path, "c.yaml", "base: b.yaml\nseats: 4\n")) == {
+        "seats": 4,
+        "open": False,
+        "weight": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ("b.yaml", "base: b.yaml is based on this file"),
+        ("a.yaml", "base: a.yaml is based on this file"),
+        ("none.yaml", "none.yaml: cannot be read"),
+        ("[b.yaml]", "base: takes the path of a YAML file, found ['b.yaml']"),
+    ],
+)
+def test_a_base_that_cannot_be_one_is_told(tmp_path: Path, base: str, line: str) -> None:
+    written(tmp_path, "b.yaml", "base: a.yaml\n")
+    assert line in complaint(read_yaml, written(tmp_path, "a.yaml", f"base: {base}\n"))
+
+
+def test_a_wrong_field_of_a_base_is_told_of_the_file_that_was_read(tmp_path: Path) -> None:
+    written(tmp_path, "a.yaml", "seat: 2\n")
+    child = written(tmp_path, "b.yaml", "base: a.yaml\n")
+    with pytest.raises(UserError, match="b.yaml:\n  seat: unknown field; did you mean 'seats'"):
+        validate(Car, read_yaml(child), str(child))

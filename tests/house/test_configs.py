@@ -7,11 +7,13 @@ import torch
 from places import ROOT
 
 from nvae.commands.train import dry_run
+from nvae.core.config import flat
 from nvae.models.config import ModelConfig
 from nvae.models.registry import build
 from nvae.training.config import read_run_config
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ABLATIONS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 PARAMETERS = {  # spec §6; spec_vdvae; spec_vqvae §3
     "mnist": 33_363_134,
     "cifar10": 130_852_480,
@@ -64,3 +66,17 @@ def test_its_comment_names_that_number(path: Path) -> None:
     count = PARAMETERS.get(path.stem)
     if count is not None:
         assert f"{count:,}".replace(",", " ") in path.read_text()
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=[path.stem for path in ABLATIONS])
+def test_an_ablation_builds_and_changes_one_field_of_its_base(path: Path) -> None:
+    with torch.device("meta"):
+        build(model_of(path))
+    changes = flat(read_run_config(path, ["name=run"]).model_dump()).items()
+    base = path.with_name(f"{path.stem.partition('_')[0]}_base.yaml")
+    assert len(changes - flat(read_run_config(base, ["name=run"]).model_dump()).items()) == (path != base)
+
+
+def test_every_ablation_of_one_set_is_one_of_the_other() -> None:
+    kinds = [path.stem.partition("_") for path in ABLATIONS]
+    assert {kind for data, _, kind in kinds if data == "cifar10"} == {kind for data, _, kind in kinds if data == "mnist"}
