@@ -4,8 +4,8 @@
     %(prog)s rates digits fast.yaml train.epochs=20
 
 Runs are kept in runs/<NAME>/<recipe>-<seed>/, what they print in log.txt there. The table, with differences from the
-first recipe, is kept in runs/<NAME>/sweep.md. Each GPU has one run at a time; on a CPU, --workers says how many. The same
-command goes on where it was stopped. Exit codes: 0 all is done, 2 something to fix, 75 interrupted by a signal.
+first recipe, is kept in runs/<NAME>/sweep.md. Each GPU has one run at a time; on a CPU, --workers says how many. The
+same command goes on where it was stopped. Exit codes: 0 all is done, 2 something to fix, 75 interrupted by a signal.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def run() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help="of the sweep: a folder of runs/")
-    parser.add_argument("recipes", nargs="+", metavar="CONFIG", help="YAML files, or recipes' names; field=value for all")
+    parser.add_argument("recipes", nargs="+", metavar="CONFIG", help="YAML file, recipe, or field=value for all")
     parser.add_argument("--seeds", type=natural, default=1, metavar="N", help="seeds 0 to N−1 of each (default: 1)")
     parser.add_argument("--importance-samples", type=natural, default=DEFAULT_SAMPLES, metavar="K", help="default: 100")
     parser.add_argument("--draws", type=natural, default=1, help="test draws of a binarised set (default: 1)")

@@ -77,5 +77,7 @@ def comparison(runs: Mapping[str, Mapping[int, Entry]], parameters: Mapping[str,
         rows.append(row)
     lines = [header, ["---"] * len(header), *rows]
     several = max(map(len, runs.values())) > 1
-    note = f"{unit}; ± is the standard error over {'seeds (over images where there is one seed)' if several else 'images'}"
+    note = (
+        f"{unit}; ± is the standard error over {'seeds (over images where there is one seed)' if several else 'images'}"
+    )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", note])

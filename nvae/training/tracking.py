@@ -3,10 +3,11 @@
 import datetime
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -39,6 +40,8 @@ class Tracker:
     ) -> None:
         """`config`: the run's, section by section. Raises UserError where `wandb` cannot be had."""
         self.active = rank() == 0
+        self._advanced: list[tuple[float, int]] = []
+        self._paced: tuple[float, int] | None = None
         self.folder, self.total_steps = folder, total_steps
         self.step, self.log_lines = step, log_lines
         self.wandb, self.config = wandb, config or {}
@@ -51,7 +54,7 @@ class Tracker:
         # In a log file, where no bar can move, lines take its place.
         unseen = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=unseen)
-        self._opened = time.monotonic(), step
+        self._advanced, self._paced = [(time.monotonic(), step)], None
 
     def rewind(self, step: int, log_lines: int) -> None:
         """Forgets what was written past a step to which the run returns."""
@@ -74,6 +77,8 @@ class Tracker:
         """Moves the progress bar."""
         if self.active:
             self.bar.update(step - self.bar.n)
+            if self._paced is None:
+                self._advanced.append((time.monotonic(), step))
 
     def scalars(self, step: int, values: Mapping[str, float], *, shown: Sequence[str] = ()) -> None:
         """One line of numbers at a step (null where not finite); `shown` ones stand beside the progress bar."""
@@ -94,10 +99,15 @@ class Tracker:
             self.bar.set_postfix(beside, refresh=False)
 
     def _left(self, step: int) -> datetime.timedelta:
-        """Time until the last step at the pace since the files were opened."""
-        opened, first = self._opened
-        seconds = (time.monotonic() - opened) / max(step - first, 1) * (self.total_steps - step)
-        return datetime.timedelta(seconds=round(seconds))
+        """Time until the last step at the pace since the first line, without what the first steps compiled."""
+        now = time.monotonic()
+        if self._paced is None:
+            self._paced = now, step
+            pace = _median_pace(self._advanced)
+        else:
+            since, first = self._paced
+            pace = (now - since) / max(step - first, 1)
+        return datetime.timedelta(seconds=round(pace * (self.total_steps - step)))
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """A picture (C, H, W) in [0, 1]."""
@@ -149,3 +159,9 @@ def _opened_after(path: Path, lines: int) -> IO[bytes]:
     file.seek(sum(len(line) for line in islice(file, lines)))
     file.truncate()
     return file
+
+
+def _median_pace(advanced: Sequence[tuple[float, int]]) -> float:
+    """Seconds a step, of times at which steps were reached: the median, which one that compiles does not move."""
+    paces = [(now - then) / (step - before) for (then, before), (now, step) in pairwise(advanced) if step > before]
+    return statistics.median(paces) if paces else 0.0

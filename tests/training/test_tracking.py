@@ -66,6 +66,21 @@ def test_a_log_file_gets_a_line_with_the_time_left(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.strip() == "step 5/10  loss 2.543  0:00:00 left"
 
 
+def test_the_time_left_is_told_without_what_the_first_steps_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("nvae.training.tracking.time.monotonic", lambda: clock)
+    with Tracker(tmp_path, total_steps=100) as tracker:
+        for step in range(1, 31):
+            clock += 60 if step in (1, 2) else 2 if step <= 10 else 3
+            tracker.advance(step)
+            if step % 10 == 0:
+                tracker.scalars(step, {"loss": 1.0}, shown=("loss",))
+    told = [line.rsplit("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["0:03:00 left", "0:04:00 left", "0:03:30 left"]  # 90 steps of 2 s, then 80 and 70 of 3 s
+
+
 def test_pictures_text_and_hyperparameters_are_on_the_board(tmp_path: Path) -> None:
     with Tracker(tmp_path, total_steps=10) as tracker:
         tracker.picture(3, "samples/0.7", torch.rand(3, 4, 4))
