@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 COMMANDS = (
-    "train", "evaluate", "sample", "prepare", "convert", "join", "compress", "decompress", "benchmark", "doctor", "sweep"
+    "train", "evaluate", "sample", "prepare", "convert", "join", "compress", "decompress", "benchmark", "doctor",
+    "sweep",
 )  # fmt: skip
 
 setup(

@@ -76,8 +76,6 @@ def comparison(runs: Mapping[str, Mapping[int, Entry]], parameters: Mapping[str,
             row += ["not evaluated"] * len(names) + ["–"]
         rows.append(row)
     lines = [header, ["---"] * len(header), *rows]
-    several = max(map(len, runs.values())) > 1
-    note = (
-        f"{unit}; ± is the standard error over {'seeds (over images where there is one seed)' if several else 'images'}"
-    )
+    over = "seeds (over images where there is one seed)" if max(map(len, runs.values())) > 1 else "images"
+    note = f"{unit}; ± is the standard error over {over}"
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", note])

@@ -347,7 +347,7 @@ def test_a_base_may_have_a_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "line"),
     [
-        ("b.yaml", "base: b.yaml is based on this file"),
+        ("b.yaml", "b.yaml: base: a.yaml is based on this file"),
         ("a.yaml", "base: a.yaml is based on this file"),
         ("none.yaml", "none.yaml: cannot be read"),
         ("[b.yaml]", "base: takes the path of a YAML file, found ['b.yaml']"),
@@ -361,5 +361,5 @@ def test_a_base_that_cannot_be_one_is_told(tmp_path: Path, base: str, line: str)
 def test_a_wrong_field_of_a_base_is_told_of_the_file_that_was_read(tmp_path: Path) -> None:
     written(tmp_path, "a.yaml", "seat: 2\n")
     child = written(tmp_path, "b.yaml", "base: a.yaml\n")
-    with pytest.raises(UserError, match="b.yaml:\n  seat: unknown field; did you mean 'seats'"):
+    with pytest.raises(UserError, match=r"b\.yaml:\n  seat: unknown field; did you mean 'seats'"):
         validate(Car, read_yaml(child), str(child))
