@@ -32,10 +32,13 @@ LEAST_ROWS = 4
 """Of a strip, where there are fewer images than processors: its neighbours read the rows at its edges, too."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
-    """Whether the library can be had."""
+    """Whether the library can be had; to torch.compile a constant."""
     return library(SOURCE) is not None
+
+
+available.__dict__["_dynamo_marked_constant"] = True
+"""The mark of `torch.compiler.assume_constant_result`, which would import the compiler: a second or two."""
 
 
 def takes(x: Tensor) -> bool:
