@@ -238,7 +238,11 @@ def _strips(images: int, rows: int, row_bytes: int, reach: int, threads: int) ->
     return max(-(-rows // fitting), min(-(-threads // max(images, 1)), rows // LEAST_ROWS), 1)
 
 
-@torch.library.custom_op("nvae::inference_bottleneck", mutates_args=())
+SCHEMA = "(Tensor x, Tensor skip, Tensor[] weights, SymInt[] sizes, float scale) -> Tensor"
+"""Written out: PyTorch 2.6 cannot read it from the annotations."""
+
+
+@torch.library.custom_op("nvae::inference_bottleneck", mutates_args=(), schema=SCHEMA)
 def bottleneck_operator(
     x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> Tensor:
