@@ -112,7 +112,7 @@ def test_the_python_versions_agree(metadata: Message) -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    """Some 0.3 s on top of PyTorch's own 1.8 s; PyTorch's compiler alone would take 1.6 s."""
+    """Some 0.3 s on top of PyTorch's own 1.8 s, where PyTorch's compiler alone would take 1.6 s."""
     code = "import sys, torch; before = set(sys.modules); import nvae; print(*set(sys.modules) - before)"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     added = set(modules.stdout.split())
