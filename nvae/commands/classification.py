@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.distributed import barrier, from_rank_zero, gather_objects, rank, world_size
 from ..core.errors import UserError

@@ -1,5 +1,6 @@
 """Which compilers are at hand."""
 
+import logging
 import warnings
 from functools import cache
 
@@ -17,6 +18,8 @@ def compiles(device_type: str) -> bool:
 
 
 def _has_cpp_compiler() -> bool:
+    """Says, too, that PyTorch need not tell where CUDA's tools are: it looks for them when it builds for a CPU."""
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_about_cuda)
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -25,6 +28,10 @@ def _has_cpp_compiler() -> bool:
     except InvalidCxxCompiler:
         return False
     return True
+
+
+def _is_not_about_cuda(record: logging.LogRecord) -> bool:
+    return not record.msg.startswith("No CUDA runtime is found")
 
 
 def _has_triton() -> bool:

@@ -7,14 +7,11 @@ region the function is simply a part of it. Without a compiler, or plainly, it r
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo
-from torch._dynamo import exc as dynamo_errors
-from torch.fx.experimental import _config as shapes
 
 from . import operations
 from .compilers import compiles
@@ -38,27 +35,15 @@ ANY_SIZE = ("cpu",)
 SMALL = 8
 """Rows and columns of the images that kernels are compared on."""
 
-RECOMPILE_LIMIT = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
-"""Dynamo's name for that limit; the second is torch 2.6's."""
-FAIL_AT_LIMIT = (
-    "fail_on_recompile_limit_hit" if hasattr(dynamo, "fail_on_recompile_limit_hit") else "fail_on_cache_limit_hit"
-)
-"""Dynamo's name for the choice of an error there, likewise."""
-LIMIT_HIT: type[Exception] = next(
-    getattr(dynamo_errors, name)
-    for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
-    if hasattr(dynamo_errors, name)
-)
-"""Dynamo's name for that error, likewise."""
-
 
 def compile_each(modules: Iterable[nn.Module]) -> None:
     """Compiles modules one by one; those of one kind and one size share their code. Each size has its own.
 
     A module that would need more than `KINDS_OF_CALLS` kinds of code raises an error when it is called.
     """
-    setattr(dynamo, RECOMPILE_LIMIT, KINDS_OF_CALLS)
-    setattr(dynamo, FAIL_AT_LIMIT, True)
+    from . import dynamo
+
+    dynamo.allow_kinds(KINDS_OF_CALLS)
     for module in modules:
         operations.load_all(next((weight.device.type for weight in module.parameters()), "cpu"))
         module.compile(dynamic=False)
@@ -102,7 +87,7 @@ def fused(
             if kind in met:
                 try:
                     return kernels.of(args[0])(*args, **kwargs)
-                except LIMIT_HIT:  # somebody has emptied the compiler's memory
+                except _limit_hit():  # somebody has emptied the compiler's memory
                     met.clear()
             result = kernels.made(*args, **kwargs)
             met.add(kind)
@@ -119,17 +104,26 @@ class _Kernels(Generic[P, R]):
     def __init__(self, function: Callable[P, R], dynamic: bool, small: Callable[..., Call]) -> None:
         self.function, self.small = function, small
         self.name = f"{function.__module__.removeprefix('nvae.')}.{function.__name__} (compiled)"
-        self.of_one_size = torch.compile(function, fullgraph=True, dynamic=False)
-        self.of_any_size = torch.compile(function, fullgraph=True, dynamic=True) if dynamic else self.of_one_size
+        self.dynamic = dynamic
         self._sound: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+    @cached_property
+    def of_one_size(self) -> Callable[P, R]:
+        return torch.compile(self.function, fullgraph=True, dynamic=False)
+
+    @cached_property
+    def of_any_size(self) -> Callable[P, R]:
+        return torch.compile(self.function, fullgraph=True, dynamic=True)
 
     def of(self, x: Any) -> Callable[P, R]:
         """For a first argument."""
-        return self.of_any_size if x.device.type in ANY_SIZE else self.of_one_size
+        return self.of_any_size if self.dynamic and x.device.type in ANY_SIZE else self.of_one_size
 
     def made(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result, by a kernel that may have to be made. Sizes that happen to be equal are no reason for another."""
-        with dynamo.patch(RECOMPILE_LIMIT, KINDS_OF_CALLS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        from . import dynamo
+
+        with dynamo.compiling_for(KINDS_OF_CALLS), dynamo.sizes_apart():
             return self.of(args[0])(*args, **kwargs)
 
     def are_sound(self, args: Call) -> bool:
@@ -172,6 +166,12 @@ def _kind(argument: object) -> object:
         return argument
     base = None if argument._base is None else (argument._base.shape, argument._base.stride())
     return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad, base
+
+
+def _limit_hit() -> type[Exception]:
+    from .dynamo import LIMIT_HIT
+
+    return LIMIT_HIT
 
 
 def _worth_compiling(x: object, least: int | None, few: bool) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..bricks.likelihoods import Likelihood
 from ..bricks.normalisation import BatchNorm, measuring

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.config import flat
 from ..core.distributed import rank

@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch._dynamo import config as dynamo
+from torch._dynamo import config
 from torch.utils.flop_counter import FlopCounterMode
 
 from nvae.kernels import fusion
-from nvae.kernels.fusion import RECOMPILE_LIMIT, WORTH_COMPILING, fused
+from nvae.kernels.dynamo import RECOMPILE_LIMIT
+from nvae.kernels.fusion import WORTH_COMPILING, fused
 
 
 def test_a_fused_function_runs_under_a_flop_counter() -> None:
@@ -63,7 +64,7 @@ def test_a_view_is_a_kind_of_call_of_its_own() -> None:
     alone = view.clone(memory_format=torch.preserve_format)
     assert view.stride() == alone.stride()
     torch._dynamo.reset()
-    with dynamo.patch({RECOMPILE_LIMIT: 1}), torch.no_grad():
+    with config.patch({RECOMPILE_LIMIT: 1}), torch.no_grad():
         for x in (view, view, alone, alone, view):
             assert torch.equal(doubled(x), 2 * x)
     torch._dynamo.reset()
@@ -81,7 +82,7 @@ def test_a_compiler_that_has_forgotten_everything_makes_kernels_anew() -> None:
         for x in inputs:
             doubled(x)
         torch._dynamo.reset()
-        with dynamo.patch({RECOMPILE_LIMIT: 1}):
+        with config.patch({RECOMPILE_LIMIT: 1}):
             for x in inputs:
                 assert torch.equal(doubled(x), 2 * x)
     torch._dynamo.reset()

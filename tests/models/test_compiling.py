@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from nvae.core.config import validate
 from nvae.evaluation.bounds import Evaluator
-from nvae.kernels import fusion
+from nvae.kernels import dynamo, fusion
 from nvae.kernels.fusion import compile_each
 from nvae.models.base import Family
 from nvae.models.nvae.config import NVAEConfig
@@ -29,7 +29,7 @@ def uncounted() -> Iterator[None]:
     """Nothing compiled before counts."""
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch({fusion.RECOMPILE_LIMIT: 8, fusion.FAIL_AT_LIMIT: False}):
+    with torch._dynamo.config.patch({dynamo.RECOMPILE_LIMIT: 8, dynamo.FAIL_AT_LIMIT: False}):
         yield
     torch._dynamo.reset()
 

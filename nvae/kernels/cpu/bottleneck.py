@@ -32,10 +32,13 @@ LEAST_ROWS = 4
 """Of a strip, where there are fewer images than processors: its neighbours read the rows at its edges, too."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available() -> bool:
-    """Whether the library can be had."""
+    """Whether the library can be had; to torch.compile a constant."""
     return library(SOURCE) is not None
+
+
+available.__dict__["_dynamo_marked_constant"] = True
+"""The mark of `torch.compiler.assume_constant_result`, which would import the compiler: a second or two."""
 
 
 def takes(x: Tensor) -> bool:
@@ -235,7 +238,11 @@ def _strips(images: int, rows: int, row_bytes: int, reach: int, threads: int) ->
     return max(-(-rows // fitting), min(-(-threads // max(images, 1)), rows // LEAST_ROWS), 1)
 
 
-@torch.library.custom_op("nvae::inference_bottleneck", mutates_args=())
+SCHEMA = "(Tensor x, Tensor skip, Tensor[] weights, SymInt[] sizes, float scale) -> Tensor"
+"""Written out: PyTorch 2.6 cannot read it from the annotations."""
+
+
+@torch.library.custom_op("nvae::inference_bottleneck", mutates_args=(), schema=SCHEMA)
 def bottleneck_operator(
     x: Tensor, skip: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> Tensor:

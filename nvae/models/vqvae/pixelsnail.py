@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ...bricks.causal import AttentionBlock, CodeContext, Conv2d, GatedBlock, Walk, places
 from ...bricks.recomputation import Recomputable

@@ -1,0 +1,36 @@
+"""What PyTorch's compiler calls things, from 2.6 on.
+
+Importing the compiler takes a second or two, so this file is imported by the functions that compile, when they do.
+"""
+
+from typing import Any
+
+from torch._dynamo import config, exc
+from torch.fx.experimental import _config as shapes
+
+RECOMPILE_LIMIT = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+"""How many kinds of calls one function may be compiled for."""
+FAIL_AT_LIMIT = (
+    "fail_on_recompile_limit_hit" if hasattr(config, "fail_on_recompile_limit_hit") else "fail_on_cache_limit_hit"
+)
+"""Whether one more is an error."""
+LIMIT_HIT: type[Exception] = next(
+    getattr(exc, name) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit") if hasattr(exc, name)
+)
+"""That error."""
+
+
+def allow_kinds(kinds: int) -> None:
+    """From now on every function may be compiled for so many kinds of calls; one more is an error."""
+    setattr(config, RECOMPILE_LIMIT, kinds)
+    setattr(config, FAIL_AT_LIMIT, True)
+
+
+def compiling_for(kinds: int) -> Any:
+    """A context in which a function may be compiled for so many kinds of calls."""
+    return config.patch(RECOMPILE_LIMIT, kinds)
+
+
+def sizes_apart() -> Any:
+    """A context in which two sizes that happen to be equal are taken for two, not for one."""
+    return shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
