@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 COMMANDS = (
-    "train", "evaluate", "sample", "prepare", "convert", "join", "compress", "decompress", "benchmark", "doctor"
+    "train", "evaluate", "sample", "prepare", "convert", "join",
+    "compress", "decompress", "encode", "benchmark", "doctor",
 )  # fmt: skip
 
 setup(
