@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 COMMANDS = (
     "train", "evaluate", "sample", "prepare", "convert", "join",
-    "compress", "decompress", "encode", "benchmark", "doctor",
+    "compress", "decompress", "encode", "explore", "benchmark", "doctor",
 )  # fmt: skip
 
 setup(
@@ -57,5 +57,6 @@ setup(
         "codec": ["constriction>=0.4"],
         "wandb": ["wandb>=0.31"],
         "hub": ["huggingface_hub"],
+        "explore": ["gradio>=6"],
     },
 )
