@@ -6,8 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 COMMANDS = (
-    "train", "evaluate", "sample", "prepare", "convert", "join", "compress", "decompress", "benchmark", "doctor",
-    "sweep",
+    "train", "evaluate", "sample", "prepare", "convert", "join",
+    "compress", "decompress", "encode", "explore", "benchmark", "doctor", "sweep",
 )  # fmt: skip
 BESIDE = {"configs": ["**/*.yaml"]}
 """Folders of a checkout that are inside the package once it is installed, and which of their files."""
@@ -90,5 +90,6 @@ setup(
         "codec": ["constriction>=0.4"],
         "wandb": ["wandb>=0.31"],
         "hub": ["huggingface_hub"],
+        "explore": ["gradio>=6"],
     },
 )

@@ -20,22 +20,29 @@ TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies en
 
 def parser_of(description: str) -> argparse.ArgumentParser:
     """A parser that knows what to work on, and how."""
+    parser = parser_of_model(description)
+    parser.add_argument("--data", type=Path, metavar="PATH", help="where the images are, if not where the config says")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results (default: the run's folder)")
+    parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
+    parser.add_argument(
+        "--readjust", action="store_true", help="fit batch norm to the temperature of the samples first"
+    )
+    return parser
+
+
+def parser_of_model(description: str) -> argparse.ArgumentParser:
+    """A parser that knows a model, and how it is computed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder, checkpoint, or published checkpoint")
     parser.add_argument("--config", type=Path, metavar="YAML", help="recipe with the data of a bare checkpoint")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="where the images are, if not where the config says")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results (default: the run's folder)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
-    parser.add_argument("--mixture-edge", choices=("right", "published"), help="by default the checkpoint's own")
     parser.add_argument(
         "--device", type=known_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of whatever is computed")
     parser.add_argument("--kernels", choices=get_args(Mode), default="auto", help="fast where right, or all plain")
     parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
-    parser.add_argument(
-        "--readjust", action="store_true", help="fit batch norm to the temperature of the samples first"
-    )
+    parser.set_defaults(data=None, out=None, mixture_edge=None)
     return parser
 
 

@@ -11,7 +11,7 @@ Images are PNGs under their own names. Exit codes: 0 all came back, 1 some are l
 import argparse
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -22,7 +22,7 @@ from ..core.errors import UserError
 from ..core.files import atomic_file, require_writable
 from .arguments import natural
 from .command import command
-from .pictures import image_of
+from .pictures import image_of, picture_files
 from .subject import open_subject
 
 
@@ -41,7 +41,8 @@ def run() -> int:
     model = open_subject(args.run, weights=args.weights, device=torch.device("cpu")).model
     require_made_by(archive, model, str(args.run))
     wanted = None if args.only is None else _places(archive, args.only)
-    files = _files(archive, args.folder) if args.folder is not None else {}
+    names = [entry.name for entry in archive.index.images]
+    files = picture_files(names, args.folder, args.archive) if args.folder is not None else []
     if args.folder is not None:
         require_writable(args.folder)
     lost = 0
@@ -86,25 +87,6 @@ def _places(archive: Archive, names: list[str]) -> list[int]:
         if name not in places:
             raise UserError(f"--only: {archive.path} has no image named {name}")
     return sorted({places[name] for name in names})
-
-
-def _files(archive: Archive, folder: Path) -> dict[int, Path]:
-    """The file of each image, by its place. Raises UserError for names that lead out of it, or are there."""
-    names = [entry.name for entry in archive.index.images]
-    stems = Counter(str(PurePosixPath(name).with_suffix("")) for name in names)
-    found = {}
-    for place, name in enumerate(names):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or "\0" in name:
-            raise UserError(f"{archive.path}: an image is named {name!r}, which leads out of the folder")
-        stem = str(path.with_suffix(""))
-        found[place] = folder / (f"{stem}.png" if stems[stem] == 1 else f"{name}.png")
-    if len(set(found.values())) < len(found):
-        raise UserError(f"{archive.path}: two images have one name")
-    for file in found.values():
-        if file.exists():
-            raise UserError(f"{file}: exists; name a folder without it")
-    return found
 
 
 def parse() -> argparse.Namespace:

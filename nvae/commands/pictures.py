@@ -1,7 +1,8 @@
 """What nvae-compress takes: images of any size as they lie, or a split of the run's own data as the model sees it."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -27,16 +28,26 @@ KEPT = ("1", "L", "P", "RGB")
 
 def pictures_of(subject: Subject, images: str, limit: int | None = None, seed: int = 0) -> list[Picture]:
     """Those at a path, or of the split that `images` names; the first `limit`. Raises UserError."""
-    if images in get_args(Split) and not Path(images).exists():
-        return pictures_of_split(subject.model, subject.data, cast(Split, images), limit, seed)
+    if (split := own_split(images)) is not None:
+        return pictures_of_split(subject.model, subject.data, split, limit, seed)
     config = images_at(Path(images), subject.data)
     if is_store(config.source):
-        parts = [pictures_of_split(subject.model, config, split, limit, seed) for split in own_splits(config)]
+        parts = [pictures_of_split(subject.model, config, split, limit, seed) for split in splits_in(config)]
         return [picture for part in parts for picture in part][:limit]
     found: list[Picture] = []
     for split, source in open_sources(config).items():
         found += _pictures_in(subject, split, source, None if limit is None else limit - len(found))
     return found
+
+
+def own_split(images: str) -> Split | None:
+    """The split of the run's own data that a word names; None for what is a path."""
+    return cast(Split, images) if images in get_args(Split) and not Path(images).exists() else None
+
+
+def splits_in(config: DataConfig) -> list[Split]:
+    """Those that have every image at a place once; where all are held out, the test split alone has them."""
+    return ["test"] if config.holdout == 1 else own_splits(config)
 
 
 def pictures_of_split(
@@ -108,3 +119,24 @@ def image_of(picture: Picture, levels: int) -> Image.Image:
     if len(pixels) == 1 or picture.is_grey:
         return Image.fromarray(pixels[0])
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+
+
+def picture_files(names: Sequence[str], folder: Path, source: Path) -> list[Path]:
+    """The PNG of each image in a folder, by its name. `source`: what holds the names.
+
+    Raises UserError for names that lead out of the folder, that two images have, or whose file is there.
+    """
+    stems = Counter(str(PurePosixPath(name).with_suffix("")) for name in names)
+    files = []
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or "\0" in name:
+            raise UserError(f"{source}: an image is named {name!r}, which leads out of the folder")
+        stem = str(path.with_suffix(""))
+        files.append(folder / (f"{stem}.png" if stems[stem] == 1 else f"{name}.png"))
+    if len(set(files)) < len(files):
+        raise UserError(f"{source}: two images have one name")
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file}: exists; name a folder without it")
+    return files

@@ -119,8 +119,22 @@ def evaluation_batches(
     stop = len(images) if stop is None else min(stop, len(images))
     first, last = (start + share * (stop - start) // world for share in (rank, rank + 1))
     places = (list(range(i, min(i + batch, last))) for i in range(first, last, batch))
+    yield from batches_at(images, config, places, largest=batch, device=device, seed=seed, draw=draw)
+
+
+def batches_at(
+    images: Images,
+    config: DataConfig,
+    places: Iterable[list[int]],
+    *,
+    largest: int,
+    device: torch.device,
+    seed: int,
+    draw: int = 0,
+) -> Generator[Batch, None, None]:
+    """The images at each list of up to `largest` places, as `evaluation_batches` has them. To be closed."""
     requests = (Request(positions=chosen, indices=chosen) for chosen in places)
-    for pixels, request in _fetched(images, requests, config, batch, device):
+    for pixels, request in _fetched(images, requests, config, largest, device):
         yield _finished(pixels, request, images, config, seed, f"evaluation/{draw}")
 
 

@@ -12,7 +12,7 @@ import torch
 from ..core import distributed
 from ..core.errors import UserError
 from .config import DataConfig
-from .decoding import Shaping
+from .decoding import Decoded, Shaping
 from .found import Found, require_effect, without_idle_fields
 from .images import Images, InMemory, read_all
 from .named import CELEBA_BOX, Counts, counts_agree, counts_of, find
@@ -41,7 +41,7 @@ def open_images(config: DataConfig, split: Split) -> Images:
     return resident
 
 
-def open_unread(config: DataConfig, split: Split) -> Images:
+def open_unread(config: DataConfig, split: Split) -> Decoded:
     """A split of the configured set, its images read when they are asked for. Raises UserError."""
     with readable(config.source):
         if is_store(config.source):

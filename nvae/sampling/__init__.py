@@ -1,1 +1,1 @@
-"""Images out of a trained model: samples at temperatures, the latents opened, pictures."""
+"""Images out of a trained model: samples at temperatures, the latents opened, files of latents, pictures."""

@@ -68,15 +68,16 @@ def decode(
     temperature: Temperature = 1.0,
     seed: int = 0,
     count: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """Mean images (B, C, H, W) of the first groups' latents; groups not given are drawn from the prior.
 
-    `count` is B, needed only where no group is given.
+    `count` is B, needed only where no group is given. Draws are keyed on (seed, number), without `numbers` the row.
     """
     batch = len(z[0]) if z else count
     assert batch is not None
     device = next(model.parameters()).device
-    noise = keyed_normal(model.latent_shapes(batch), range(batch), seed, "decode", device)
+    noise = keyed_normal(model.latent_shapes(batch), numbers or range(batch), seed, "decode", device)
     return pixels_of(model.sample(batch, temperature, noise, latents=z, labels=labels), range(batch))
 
 

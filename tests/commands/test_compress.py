@@ -75,6 +75,15 @@ def test_a_split_of_the_run_comes_back_as_it_is_evaluated(run: Path, tmp_path: P
     assert set(np.unique(np.asarray(Image.open(files[0])))) == {0, 255}
 
 
+def test_every_image_of_a_store_is_compressed_once(colour: Path, tmp_path: Path) -> None:
+    photographs(tmp_path / "in")
+    call(
+        "scripts/prepare", tmp_path / "in", tmp_path / "store", "size=8", "channels=3", "enlarge=true", "--processes", 1
+    )
+    call("scripts/compress", colour, tmp_path / "store", tmp_path / "a.nvz")
+    assert [entry.name for entry in Archive(tmp_path / "a.nvz").index.images] == [f"test-{i:06d}" for i in range(4)]
+
+
 def test_single_images_are_given_by_name(colour: Path, tmp_path: Path) -> None:
     photographs(tmp_path / "in")
     call("scripts/compress", colour, tmp_path / "in", tmp_path / "a.nvz")

@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.py"), *(ROOT / "nvae/commands").glob("*.py")]
 LINE = re.compile(r"^ *(torchrun --[^`#\n\\]*(?:\\\n[^`#\n\\]*)*)", re.MULTILINE)
-COMMANDS = ("train", "evaluate", "sample", "prepare", "convert", "benchmark")
+COMMANDS = ("train", "evaluate", "sample", "prepare", "convert", "encode", "benchmark")
 
 
 def documented() -> list[str]:
@@ -35,7 +35,7 @@ def test_a_documented_line_is_understood(line: str, monkeypatch: pytest.MonkeyPa
     import_module(f"nvae.commands.{name}").parse()
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "sample"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "sample", "encode"])
 def test_no_option_of_ours_is_one_that_torchrun_stumbles_over(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
