@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 COMMANDS = (
-    "train", "evaluate", "sample", "prepare", "convert", "join", "compress", "decompress", "benchmark", "doctor"
+    "train", "evaluate", "sample", "prepare", "convert", "join", "compress", "decompress", "export", "benchmark",
+    "doctor"
 )  # fmt: skip
 
 setup(
@@ -51,10 +52,12 @@ setup(
             "types-tqdm",
             "torch-fidelity>=0.4",
             "constriction>=0.4",
+            "huggingface_hub",
         ],
         "fid": ["torch-fidelity>=0.4"],
         "codec": ["constriction>=0.4"],
         "wandb": ["wandb>=0.31"],
         "hub": ["huggingface_hub"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
     },
 )

@@ -15,13 +15,15 @@ from ..core.precision import Precision
 from ..kernels.operations import Mode, use
 from .subject import Subject, open_subject
 
+RUN = "run folder, checkpoint, model folder, name of a model that ships with nvae, or published checkpoint"
+TRUST_CODE = "let a model folder name a family of somebody's own, whose module is imported"
 TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies ends the others
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
     """A parser that knows what to work on, and how."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder, checkpoint, or published checkpoint")
+    parser.add_argument("run", type=Path, help=RUN)
     parser.add_argument("--config", type=Path, metavar="YAML", help="recipe with the data of a bare checkpoint")
     parser.add_argument("--data", type=Path, metavar="PATH", help="where the images are, if not where the config says")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results (default: the run's folder)")
@@ -36,6 +38,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--readjust", action="store_true", help="fit batch norm to the temperature of the samples first"
     )
+    parser.add_argument("--trust-code", action="store_true", help=TRUST_CODE)
     return parser
 
 
@@ -110,6 +113,7 @@ def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
             mixture_edge=args.mixture_edge,
             device=device,
             precision=args.precision,
+            trust_code=args.trust_code,
         )
     finally:
         distributed.stop()
