@@ -114,6 +114,7 @@ def test_the_config_has_everything_but_places(tmp_path: Path) -> None:
     assert shared == config.model_copy(update={"data": data, "train": train, "model": model})
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_exported_with_a_recipe_or_without(tmp_path: Path) -> None:
     section = {**FAMILIES["nvae"], "image_size": 32, "likelihood": {"components": 2, "edge": "published"}}
     model = model_of(section)
