@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 COMMANDS = (
     "train", "evaluate", "sample", "prepare", "convert", "join",
-    "compress", "decompress", "encode", "explore", "benchmark", "doctor", "sweep",
+    "compress", "decompress", "encode", "explore", "export", "benchmark", "doctor", "sweep",
 )  # fmt: skip
 BESIDE = {"configs": ["**/*.yaml"]}
 """Folders of a checkout that are inside the package once it is installed, and which of their files."""
@@ -84,6 +84,7 @@ setup(
             "mkdocs-jupyter",
             "nbclient",
             "ipykernel",
+            "huggingface_hub",
         ],
         "docs": ["mkdocs-material>=9.5", "mkdocs-jupyter"],
         "fid": ["torch-fidelity>=0.4"],
@@ -91,5 +92,6 @@ setup(
         "wandb": ["wandb>=0.31"],
         "hub": ["huggingface_hub"],
         "explore": ["gradio>=6"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
     },
 )

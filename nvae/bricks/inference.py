@@ -55,6 +55,26 @@ def for_inference(model: ModelT) -> ModelT:
     return model.requires_grad_(False)
 
 
+@torch.no_grad()
+def for_tracing(model: ModelT) -> ModelT:
+    """A copy of a model on the CPU in eval mode, of plain modules only: batch norms folded where they can be, every
+    convolution with its effective weight as it is.
+
+    Whoever traces it meets no operator of ours, as long as the process computes plainly. Its parameters do not train.
+    """
+    model = deepcopy(model).cpu().eval()
+    for module in model.modules():
+        if isinstance(module, Cell):
+            _fold_cell(module)
+    _replace(model, Conv2d, fixed)
+    for name, value in list(vars(model).items()):
+        if isinstance(value, EffectiveWeights):
+            setattr(model, name, EffectiveWeights(nn.Module()))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    return model.requires_grad_(False)
+
+
 def _replace(
     module: nn.Module,
     kind: type[Old],
@@ -65,7 +85,7 @@ def _replace(
     for name, part in module.named_children():
         if isinstance(part, kind) and fits(part):
             setattr(module, name, make(part))
-        elif not isinstance(part, (FoldedSeparableOp, ShiftCell)):
+        elif kind is Conv2d or not isinstance(part, (FoldedSeparableOp, ShiftCell)):
             _replace(part, kind, make, fits)
 
 

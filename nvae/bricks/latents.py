@@ -112,9 +112,9 @@ class Draw(NamedTuple):
 
 def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
     """x (K·B, C, h, w) of K draws of B images, plus y (B, C, h, w) of the images: (K·B, C, h, w)."""
-    if len(x) == len(y):
+    if x.shape[0] == y.shape[0]:  # len() would make a constant of it where a program is traced
         return x + y
-    return (torch.unflatten(x, 0, (-1, len(y))) + y).flatten(0, 1)
+    return (torch.unflatten(x, 0, (-1, y.shape[0])) + y).flatten(0, 1)
 
 
 def _raws(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -1,14 +1,14 @@
-"""One door for weights: `load_model` takes a run folder, a checkpoint of ours, or a published one."""
+"""One door for weights: `load_model` takes a run, a checkpoint of ours, a model folder, or a published checkpoint."""
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor, nn
 
 from ..bricks.likelihoods import MixtureEdge
-from ..core.config import read_yaml, shortened, validate
+from ..core.config import nearest, read_yaml, shortened, validate
 from ..core.errors import UserError
 from ..models.base import Family
 from ..models.config import ModelConfig
@@ -16,11 +16,11 @@ from ..models.nvae import published
 from ..models.registry import build, family
 from ..models.vdvae import published as published_vdvae
 from ..models.vqvae import published as published_vqvae
-from .format import is_ours, read_safely, require_version
+from .format import FORMAT, VERSION, is_ours, read_safely, require_version
+from .model_folder import WEIGHTS, Held, is_model_folder, read_model_folder
+from .pretrained import known_path, pretrained_models
 
 Weights = Literal["ema", "raw"]
-Held = Literal["ema", "raw", "published"]
-"""What a checkpoint's weights are: a published one does not say whether its are averaged."""
 
 
 WRAPPER, COMPILED = "module.", "_orig_mod."
@@ -35,6 +35,8 @@ class Loaded(NamedTuple):
     file: Path
     config: dict[str, Any] | None
     """Of the run that it is of, as it was saved; None for a checkpoint of no run."""
+    updates: int | None = None
+    """That the weights have seen; None where nobody knows."""
 
 
 class PublishedFormat(Protocol):
@@ -68,14 +70,18 @@ def load_model(
     config: str | Path | ModelConfig | None = None,
     mixture_edge: MixtureEdge | None = None,
     weights: Weights = "ema",
+    trust_code: bool = False,
 ) -> Family[Any]:
-    """The model of a run folder (its newest checkpoint), of a checkpoint, or of a published checkpoint, in eval mode.
+    """The model of a run folder (its newest checkpoint), of a checkpoint, of a model folder, of one that ships with the
+    package (by its name), or of a published checkpoint, in eval mode.
 
     `config` (a YAML with a `model` section, or a ModelConfig) is for checkpoints that carry none. `mixture_edge`
     overrides the edge of the logistic mixture: by default a published checkpoint keeps the published one, and a
-    warning says so. `weights` "ema" takes the averaged weights where there are any. Raises UserError.
+    warning says so. `weights` "ema" takes the averaged weights where there are any; a model folder has one set.
+    `trust_code` lets a model folder name a family of somebody's own, whose module is then imported. Raises UserError.
     """
-    return load_checkpoint(path, None if config is None else config_from(config), mixture_edge, weights).model
+    given = None if config is None else config_from(config)
+    return load_checkpoint(path, given, mixture_edge, weights, trust_code).model
 
 
 def load_checkpoint(
@@ -83,14 +89,16 @@ def load_checkpoint(
     config: ModelConfig | None = None,
     mixture_edge: MixtureEdge | None = None,
     weights: Weights = "ema",
+    trust_code: bool = False,
 ) -> Loaded:
     """As `load_model`, and which weights the model has."""
     file = checkpoint_file(Path(path))
-    content = read_checkpoint(file)
+    content = read_checkpoint(file, trust_code)
     try:
         if is_ours(content):
             model, held = model_of(content, mixture_edge, weights)
-            return Loaded(model, held, file, content["config"] if "data" in content["config"] else None)
+            of_a_run = content["config"] if "data" in content["config"] else None
+            return Loaded(model, held, file, of_a_run, _updates(content))
         if (form := published_format(content)) is not None:
             return Loaded(_published(form, content, mixture_edge, config), "published", file, None)
     except UserError as error:
@@ -98,13 +106,38 @@ def load_checkpoint(
     raise UserError(f"{path}: neither a checkpoint of this package nor a published one")
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """What a checkpoint file holds; the weights of a foreign one by the names that they have in their model."""
+def _updates(content: dict[str, Any]) -> int | None:
+    """Those that the weights of a checkpoint of ours have seen; None where it tells of none."""
+    counters = content.get("counters")
+    step = counters.get("step") if isinstance(counters, dict) else None
+    return step if isinstance(step, int) and step > 0 else None
+
+
+def read_checkpoint(file: Path, trust_code: bool = False) -> dict[str, Any]:
+    """What a checkpoint file holds; the weights of a foreign one by the names that they have in their model.
+
+    Those of a model folder are a checkpoint of ours; `trust_code` is for its family.
+    """
+    if file.suffix == ".safetensors":
+        return _as_checkpoint(file, trust_code)
     content = read_safely(file, published.SAFE_TYPES)
     if is_ours(content):
         return content
     inside = {key: unwrapped(value) if isinstance(value, dict) else value for key, value in content.items()}
     return unwrapped(inside)
+
+
+def _as_checkpoint(file: Path, trust_code: bool) -> dict[str, Any]:
+    """A model folder in the form of a checkpoint of ours."""
+    shared = read_model_folder(file, trust_code)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": shared.config,
+        "model": shared.weights,
+        "held": shared.held,
+        "counters": {"step": shared.updates or 0},
+    }
 
 
 def unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
@@ -123,13 +156,27 @@ def published_format(content: dict[str, Any]) -> PublishedFormat | None:
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The checkpoint a path stands for: itself, or the newest one of a run folder."""
+    """The checkpoint a path stands for: itself, the newest one of a run folder, or the weights of a model folder.
+
+    The name of a model that ships with the package, where nothing else is there, stands for its folder.
+    """
+    path = known_path(path)
     if not path.is_dir():
+        _require_name_known(path)
         return path
+    if is_model_folder(path):
+        return path / WEIGHTS
     checkpoints = sorted((path / "checkpoints").glob("step-*.pt"))
     if not checkpoints:
         raise UserError(f"{path}: a folder without checkpoints/step-*.pt; has the run saved one yet?")
     return checkpoints[-1]
+
+
+def _require_name_known(path: Path) -> None:
+    """Raises UserError for a bare name of which there is neither a file nor a model that ships."""
+    if len(path.parts) == 1 and not path.suffix and not path.exists():
+        ours = nearest(path.name, pretrained_models()) or "; there are none here"
+        raise UserError(f"{path}: no such checkpoint, nor a model that ships with nvae{ours}")
 
 
 def _published(
@@ -154,10 +201,13 @@ def model_of(content: dict[str, Any], edge: MixtureEdge | None, weights: Weights
     config = model_config(content["config"], "config")
     model = build(config if edge is None else config.with_likelihood(edge=edge))
     averaged = content.get("ema") if weights == "ema" else None
+    held: Held = "published" if content.get("published") is not None else "raw"
+    if content.get("held") in get_args(Held):
+        held = content["held"]
     if not isinstance(averaged, Mapping | None):
         raise UserError(f"averaged weights that are no tensors by name: {shortened(averaged)}")
     load_weights(model, averaged or content["model"])
-    return model.eval(), "ema" if averaged else "published" if content.get("published") is not None else "raw"
+    return model.eval(), "ema" if averaged else held
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,8 @@ from ..core.precision import Precision
 from ..kernels.operations import Mode, use
 from .subject import Subject, open_subject
 
+RUN = "run folder, checkpoint, model folder, name of a model that ships with nvae, or published checkpoint"
+TRUST_CODE = "let a model folder name a family of somebody's own, whose module is imported"
 TIMEOUT_MINUTES = 24 * 60  # ranks wait for the slowest one; a rank that dies ends the others
 
 
@@ -33,7 +35,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 def parser_of_model(description: str) -> argparse.ArgumentParser:
     """A parser that knows a model, and how it is computed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder, checkpoint, or published checkpoint")
+    parser.add_argument("run", type=Path, help=RUN)
     parser.add_argument("--config", type=Path, metavar="YAML", help="recipe with the data of a bare checkpoint")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema, where there is one")
     parser.add_argument(
@@ -42,6 +44,7 @@ def parser_of_model(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=get_args(Precision), default="fp32", help="of whatever is computed")
     parser.add_argument("--kernels", choices=get_args(Mode), default="auto", help="fast where right, or all plain")
     parser.add_argument("--seed", type=int, default=0, help="of noise, samples and test draws (default: 0)")
+    parser.add_argument("--trust-code", action="store_true", help=TRUST_CODE)
     parser.set_defaults(data=None, out=None, mixture_edge=None)
     return parser
 
@@ -117,6 +120,7 @@ def subject_of(args: argparse.Namespace) -> Iterator[Subject]:
             mixture_edge=args.mixture_edge,
             device=device,
             precision=args.precision,
+            trust_code=args.trust_code,
         )
     finally:
         distributed.stop()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from ..bricks.likelihoods import MixtureEdge
-from ..checkpoints.loading import Held, Weights, load_checkpoint
+from ..checkpoints.loading import Weights, load_checkpoint
+from ..checkpoints.model_folder import WEIGHTS, Held
+from ..checkpoints.pretrained import ships
 from ..core.distributed import from_rank_zero
 from ..core.errors import UserError
 from ..core.precision import Precision, allow_tf32, autocast, precision_on
@@ -41,6 +43,8 @@ class Subject:
     precision: Precision = "fp32"
     trained_on: bool = False
     """True where other images than the config's are measured, and training images of the run are among them."""
+    updates: int | None = None
+    """That the weights have seen; None where nobody knows."""
 
     @property
     def data(self) -> DataConfig:
@@ -95,12 +99,13 @@ def open_subject(
     mixture_edge: MixtureEdge | None = None,
     device: torch.device,
     precision: Precision = "fp32",
+    trust_code: bool = False,
 ) -> Subject:
-    """A run folder, a checkpoint of a run, or any other checkpoint.
+    """A run folder, a checkpoint of a run, a model folder, or any other checkpoint.
 
     `config`, a recipe, says what data it is for where the checkpoint does not. `data` is where other images are, or the
     same ones: what they are, they say themselves (`images_at`). Results go to `out`, by default the run's folder, or
-    one beside a bare checkpoint.
+    one beside a bare checkpoint or a model folder. `trust_code` lets a model folder name a family of somebody's own.
 
     Raises UserError for what cannot be loaded, for a recipe whose data is not what the model takes, and for a precision
     that the device lacks.
@@ -109,7 +114,10 @@ def open_subject(
     allow_tf32(precision)
     torch.backends.cudnn.benchmark = True  # shapes do not change
     recipe: AnyRunConfig | None = None if config is None else read_run_config(config, [])
-    model, held, file, written = load_checkpoint(path, recipe.model if recipe else None, mixture_edge, weights)
+    loaded = load_checkpoint(path, recipe.model if recipe else None, mixture_edge, weights, trust_code)
+    model, file, written = loaded.model, loaded.file, loaded.config
+    if weights == "raw" and loaded.weights == "ema":
+        raise UserError("--weights: raw has no effect, a model folder of averaged weights has no others; leave it out")
     if mixture_edge is not None and model.config.likelihood.kind != "logistic_mixture":
         raise UserError(
             f"--mixture-edge: has no effect, the likelihood is {model.config.likelihood.kind}; leave it out"
@@ -134,9 +142,22 @@ def open_subject(
         config=recipe,
         checkpoint=file,
         run=run,
-        folder=out or run or file.with_suffix(""),
-        weights=held,
+        folder=out or run or beside(file),
+        weights=loaded.weights,
         device=device,
         precision=precision,
         trained_on=trained_on,
+        updates=loaded.updates,
     )
+
+
+def beside(file: Path) -> Path:
+    """Where results of weights of no run go: `x/` of x.pt, `x-results/` of the model folder x/.
+
+    Those of models that ship with the package go to the working folder.
+    """
+    if file.name != WEIGHTS:
+        return file.with_suffix("")
+    folder = file.parent if file.parent.name not in ("", "..") else file.parent.resolve()
+    name = f"{folder.name}-results"
+    return Path(name) if ships(folder) else folder.with_name(name)

@@ -348,4 +348,9 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump_yaml(config: Config) -> str:
     """The resolved config as YAML; reads back to an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml_of(config.model_dump(mode="json"))
+
+
+def yaml_of(data: Mapping[str, Any]) -> str:
+    """Plain values as YAML."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -61,6 +61,14 @@ class ModelConfig(Config):
         """The config once that model's is known, to be kept. Raises UserError where they don't fit."""
         return self
 
+    def without_places(self) -> Self:
+        """The same model, nothing of whose config names a place on one machine."""
+        return self
+
+    def to_train_again(self) -> tuple[str, ...]:
+        """Overrides with which the config of a trained model is that of a model to be trained; places in capitals."""
+        return ()
+
 
 class ConditionalConfig(ModelConfig):
     """Of a family that takes labels."""

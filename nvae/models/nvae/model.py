@@ -181,7 +181,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
-        self.check_labels(labels, len(x))
+        self.check_labels(labels, x.shape[0])
         self.weights.begin()
         return self.bottom_up(x, labels)
 
@@ -190,7 +190,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         if features is None:
             self.check_labels(labels, n)
         self.weights.refresh()
-        return TopDownPass(self, features, n if features is None else len(features.target), labels)
+        return TopDownPass(self, features, n if features is None else features.target.shape[0], labels)
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, L, h, w) of each group, top-down."""

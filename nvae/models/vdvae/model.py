@@ -262,7 +262,7 @@ class VDVAE(Hierarchy[VDVAEConfig]):
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]. The encoder sees all 8 bits of an image."""
-        self.check_labels(labels, len(x))
+        self.check_labels(labels, x.shape[0])
         config = self.config
         state = at_least_float32(self.stem(self.input(x).contiguous(memory_format=torch.channels_last)))
         last = {config.image_size: state}
@@ -283,7 +283,7 @@ class VDVAE(Hierarchy[VDVAEConfig]):
         """A pass through the blocks one by one, of encoded images, or without them of n images from the prior."""
         if features is None:
             self.check_labels(labels, n)
-        return TopDownPass(self, features, n if features is None else len(features.target), labels)
+        return TopDownPass(self, features, n if features is None else features.target.shape[0], labels)
 
     def latent_shapes(self, n: int) -> list[tuple[int, ...]]:
         """(n, Z, R, R) of each block, top-down."""

@@ -1,6 +1,7 @@
 """Configs of the vector-quantised family (spec_vqvae §2–§4)."""
 
 import math
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -115,6 +116,14 @@ class VQVAEPriorConfig(ConditionalConfig):
             if found != own:
                 raise UserError(f"model.{field}: is {own}, but the first stage of model.codes has {found}")
         return self.model_copy(update={"first_stage": first, "levels": self._levels_of(len(first.factors), priors)})
+
+    def without_places(self) -> "VQVAEPriorConfig":
+        """With the name alone of what it was built on, which is a part of it."""
+        return self.model_copy(update={"codes": PurePath(self.codes).name})
+
+    def to_train_again(self) -> tuple[str, ...]:
+        """On top of a first stage, which is trained before."""
+        return ("model.codes=FIRST_STAGE", "model.first_stage=null")
 
     def with_likelihood(self, **fields: Any) -> "VQVAEPriorConfig":
         """The first stage's likelihood changes along."""
