@@ -91,6 +91,7 @@ def encode_images(subject: Subject, args: argparse.Namespace) -> str:
     made_of = {
         "images": [fingerprint(chosen.images, len(chosen.names)) for chosen in sets],
         "names": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+        "computed": [subject.device.type, args.kernels],
         "arrays": {name: str(dtype) for name, (dtype, _) in encoder.columns.items()},
     }
     with subject.autocast():
