@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from ..data.images import fingerprint
 from ..data.sets import open_images, open_unread
 from ..data.splits import Split
 from ..data.store import is_store
+from ..models.base import Family, Temperature, temperatures
 from ..sampling.encoding import Encoder, Kept, as_latents
 from ..sampling.images import shares, temperature_of
 from ..sampling.latent_files import ENDINGS, FORMAT, VERSION, LatentFile
@@ -89,6 +91,7 @@ def encode_images(subject: Subject, args: argparse.Namespace) -> str:
     made_of = {
         "images": [fingerprint(chosen.images, len(chosen.names)) for chosen in sets],
         "names": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+        "computed": [subject.device.type, args.kernels],
         "arrays": {name: str(dtype) for name, (dtype, _) in encoder.columns.items()},
     }
     with subject.autocast():
@@ -148,32 +151,41 @@ def about(subject: Subject, encoder: Encoder) -> dict[str, str]:
 
 def decode_file(subject: Subject, args: argparse.Namespace) -> str:
     """Writes a picture of each image's latents; says what was written. Raises UserError."""
-    file = LatentFile(Path(args.images))
+    file, model = LatentFile(Path(args.images)), subject.model.for_inference()
     require_made_by(file, subject, str(args.run))
-    model, labels = subject.model.for_inference(), None
-    missing = len(model.latent_shapes(1)) - len(file.shapes)
-    if args.temperature is not None and not missing:
-        raise UserError(
-            f"--temperature: has no effect, {file.path} holds every group and nothing is drawn; leave it out"
-        )
-    at = temperature_of(args.temperature or [1.0], model)
+    as_latents(model, file.rows(0, 1))  # what does not fit is refused before anything is written
+    labels = None
+    if model.config.classes and file.labels is not None:
+        labels = torch.from_numpy(file.labels.copy())
+        model.check_labels(labels, len(labels))
+    at, missing = temperature_for(file, model, args.temperature)
     files = picture_files(file.names, args.target, file.path)
     if rank() == 0:
         require_writable(args.target)
     barrier()  # every rank has seen that none of the pictures is there
     usual = BATCH if subject.config is None else subject.config.data.batch
     for places in shares(len(files), args.batch or usual):
-        first, last = places[0], places[-1] + 1
-        z = as_latents(model, file.rows(first, last))
-        if model.config.classes and file.labels is not None:
-            labels = torch.from_numpy(file.labels[first:last].copy()).to(subject.device)
+        z = as_latents(model, file.rows(places[0], places[-1] + 1))
+        told = None if labels is None else labels[places].to(subject.device)
         with subject.autocast():
-            images = decode(model, z, labels=labels, temperature=at, seed=args.seed, count=len(places), numbers=places)
+            images = decode(model, z, labels=told, temperature=at, seed=args.seed, count=len(places), numbers=places)
         for place, image in zip(places, to_bytes(images), strict=True):
             save_png(files[place], image)
     barrier()
     drawn = f", {missing} of {len(file.shapes) + missing} groups drawn from the prior" if missing else ""
     return f"written: {args.target}, {len(files)} pictures{drawn}"
+
+
+def temperature_for(file: LatentFile, model: Family[Any], asked: Sequence[float] | None) -> tuple[Temperature, int]:
+    """That of the groups that a file does not hold, and how many they are. Raises UserError for one without effect."""
+    groups = len(model.latent_shapes(1))
+    missing = groups - len(file.shapes)
+    if asked is not None and not missing:
+        raise UserError(
+            f"--temperature: has no effect, {file.path} holds every group and nothing is drawn; leave it out"
+        )
+    at = temperature_of(asked or [1.0], model)
+    return temperatures(at, groups), missing
 
 
 def require_made_by(file: LatentFile, subject: Subject, name: str) -> None:

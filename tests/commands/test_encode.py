@@ -152,6 +152,7 @@ def test_a_class_is_told_both_ways(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.stack(list(pixels_of(tmp_path / name).values())), wanted)
     with pytest.raises(UserError, match="labels"):
         call("scripts/encode", run, tmp_path / "c.npz", tmp_path / "c", "--decode")
+    assert not (tmp_path / "c").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -293,6 +294,13 @@ def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...], reason: str,
     with pytest.raises(UserError, match=reason):
         call("scripts/encode", run, *placed)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_temperature_below_zero_leaves_no_folder(run: Path, tmp_path: Path) -> None:
+    call("scripts/encode", run, "test", tmp_path / "a.npz", "--limit", 2, "--groups", 1)
+    with pytest.raises(UserError, match="temperature: must be 0 or more"):
+        call("scripts/encode", run, tmp_path / "a.npz", tmp_path / "out", "--decode", "--temperature", -1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_temperature_for_nothing_is_refused(run: Path, tmp_path: Path) -> None:

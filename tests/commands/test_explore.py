@@ -129,10 +129,11 @@ def pixels_at(address: str) -> np.ndarray:
 def test_buttons_and_sliders_show_what_they_say(served: str, subject: Subject, tmp_path: Path) -> None:
     page = Page(STAND_IN, subject)
     steps = [changed(0), press("Draw this group again"), changed(1), press("Draw all groups again"), changed(2)]
-    said = visit(served, steps, tmp_path / "page.png")
+    said, hosts = visit(served, steps, tmp_path / "page.png")
     for address, draws in zip(said[::2], ([0, 0, 0], [1, 0, 0], [2, 1, 1]), strict=True):
         np.testing.assert_array_equal(pixels_at(address), page.samples(draws, 0, -1, 1.0, 1.0))
     assert Image.open(tmp_path / "page.png").width == 1100
+    assert hosts == ["127.0.0.1"]
 
 
 @pytest.mark.full
@@ -148,7 +149,7 @@ def test_an_image_of_ones_own_is_taken(served: str, subject: Subject, tmp_path: 
         dropped(file.getvalue()),
         changed(2),
     ]
-    said = visit(served, steps, tmp_path / "page.png")
+    said, _ = visit(served, steps, tmp_path / "page.png")
     np.testing.assert_array_equal(pixels_at(said[-1]), page.prefixes(photograph(), 1, -1, 1.0, 1.0))
 
 

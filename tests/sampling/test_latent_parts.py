@@ -18,6 +18,7 @@ from nvae.core.files import lock
 from nvae.data.config import DataConfig
 from nvae.data.images import InMemory
 from nvae.data.loading import Batch
+from nvae.kernels.operations import using
 from nvae.sampling import latent_parts
 from nvae.sampling.encoding import Encoder, Kept
 from nvae.sampling.latent_files import LatentFile
@@ -55,7 +56,8 @@ def encode(out: Path, before: Callable[[], Any] | None = None, **kept: Any) -> i
         encoder.before = before  # type: ignore[method-assign]
     latent_parts.PART, usual = 2 * BATCH * 4 * 64, latent_parts.PART
     try:
-        return write_latents(out, encoder, sets(), ABOUT, {"seed": encoder.kept.seed}, BATCH)
+        with using("plain"):  # the last bits are those of the kernels
+            return write_latents(out, encoder, sets(), ABOUT, {"seed": encoder.kept.seed}, BATCH)
     finally:
         latent_parts.PART = usual
 

@@ -9,13 +9,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 SECONDS = 90
 """What a step may take."""
 
 
-def visit(url: str, steps: Sequence[str], picture: Path) -> list[str]:
-    """What each step says, in turn: an expression of JavaScript that is asked until it is neither false nor empty.
+class Visit(NamedTuple):
+    said: list[str]
+    """By each step."""
+    hosts: list[str]
+    """That the page asked for anything."""
+
+
+def visit(url: str, steps: Sequence[str], picture: Path) -> Visit:
+    """Goes through steps, each an expression of JavaScript that is asked until it is neither false nor empty.
 
     At the end `picture`, a PNG, shows the page.
     """
@@ -25,17 +33,21 @@ def visit(url: str, steps: Sequence[str], picture: Path) -> list[str]:
         capture_output=True, text=True,
     )  # fmt: skip
     assert browser.returncode == 0, f"{browser.stdout}\n{browser.stderr}"
-    said: list[str] = json.loads(browser.stdout.splitlines()[-1])
-    return said
+    return Visit(*json.loads(browser.stdout.splitlines()[-1]))
 
 
 def main(url: str, picture: str) -> int:
     """The browser."""
     from PySide6.QtCore import QTimer, QUrl
+    from PySide6.QtWebEngineCore import QWebEngineUrlRequestInterceptor
     from PySide6.QtWebEngineWidgets import QWebEngineView
     from PySide6.QtWidgets import QApplication
 
-    steps, said = json.load(sys.stdin), []
+    class Watch(QWebEngineUrlRequestInterceptor):  # type: ignore[misc]
+        def interceptRequest(self, request: Any) -> None:  # noqa: N802 - Qt's name
+            hosts.add(request.requestUrl().host())
+
+    steps, said, hosts = json.load(sys.stdin), [], set()
     application, view, timer = QApplication(sys.argv[:1]), QWebEngineView(), QTimer()
     left = [SECONDS * 5]
 
@@ -57,9 +69,11 @@ def main(url: str, picture: str) -> int:
 
     def end() -> None:
         view.grab().save(picture)
-        print(json.dumps(said))
+        print(json.dumps([said, sorted(hosts - {""})]))
         application.quit()
 
+    watch = Watch()
+    view.page().profile().setUrlRequestInterceptor(watch)
     view.resize(1100, 760)
     view.show()
     view.load(QUrl(url))
