@@ -1,4 +1,4 @@
-"""Command lines of all six commands with words exchanged, doubled, left out, or put in."""
+"""Command lines of our commands with words exchanged, doubled, left out, or put in."""
 
 import json
 import shutil
@@ -42,6 +42,10 @@ LINES: tuple[tuple[str, ...], ...] = (
     ("prepare", "pictures", "--describe", "sheet.png", "size=8", "channels=1"),
     ("convert", "trained", "published.pt", "--dataset", "mnist"),
     ("benchmark", "tiny.yaml", "--help"),
+    ("encode", "trained", "test", "latents.npz", "--limit", "4", "--groups", "1", "--batch", "2"),
+    ("encode", "trained", "pictures", "latents.safetensors", "--limit", "4", "--draw", "--moments"),
+    ("export", "trained", "shared", "--license", "mit", "--count", "2", "--temperature", "0.7"),
+    ("compress", "trained", "pictures", "some.nvz", "--limit", "2"),
 )
 SMALL = (
     "0",
@@ -94,7 +98,7 @@ def run(case: Case) -> Result:
     needed = {"prepare": ("--processes", "1"), "train": ("--dry-run",)}.get(words[0], ())  # no work of minutes
     words += needed if not set(needed) <= set(words) else ()
     tried = " ".join(words)[:300]
-    answer = ask(*words) if words[0] in ("train", "evaluate", "sample", "prepare", "convert", "benchmark") else None
+    answer = ask(*words) if words[0] in {line[0] for line in LINES} else None
     if answer is None:
         return Result(Verdict.REFUSED, "no command")
     if answer.code == 0:
@@ -175,6 +179,9 @@ EXTRAS: tuple[Any, ...] = (
     "--out=/dev/null",
     "--out=/proc/x",
     "--pixels=draw",
+    "--decode",
+    "--float16",
+    "--push=nobody",
     "--format=npz",
     "--animation=.mp4",
 )

@@ -29,7 +29,7 @@ GROUPS = {
         ),
         Group(
             "command-lines",
-            "mutated command lines of all six commands",
+            "mutated command lines",
             full=1500,
             short=20,
             run=command_lines.run,
