@@ -9,7 +9,7 @@ COMMANDS = (
     "train", "evaluate", "sample", "prepare", "convert", "join",
     "compress", "decompress", "encode", "explore", "export", "benchmark", "doctor", "sweep",
 )  # fmt: skip
-BESIDE = {"configs": ["**/*.yaml"]}
+BESIDE = {"configs": ["**/*.yaml"], "pretrained": ["*/*"]}
 """Folders of a checkout that are inside the package once it is installed, and which of their files."""
 
 
