@@ -14,10 +14,12 @@ FAIL_AT_LIMIT = (
     "fail_on_recompile_limit_hit" if hasattr(config, "fail_on_recompile_limit_hit") else "fail_on_cache_limit_hit"
 )
 """Whether one more is an error."""
-LIMIT_HIT: type[Exception] = next(
-    getattr(exc, name) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit") if hasattr(exc, name)
+LIMIT_HIT: tuple[type[Exception], ...] = tuple(
+    getattr(exc, name)
+    for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit", "RecompileLimitExceeded")
+    if hasattr(exc, name)
 )
-"""That error."""
+"""Those errors; 2.6 raises the last one where the whole function must be one graph."""
 
 
 def allow_kinds(kinds: int) -> None:

@@ -168,7 +168,7 @@ def _kind(argument: object) -> object:
     return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad, base
 
 
-def _limit_hit() -> type[Exception]:
+def _limit_hit() -> tuple[type[Exception], ...]:
     from .dynamo import LIMIT_HIT
 
     return LIMIT_HIT

@@ -22,7 +22,8 @@ def test_pytorch_still_says_where_cudas_tools_are_in_those_words() -> None:
     from torch.utils import cpp_extension
 
     assert cpp_extension.__name__ == TALKER.name
-    assert TALK in (cpp_extension._find_cuda_home.__code__.co_consts)
+    constants = cpp_extension._find_cuda_home.__code__.co_consts
+    assert any(str(constant).startswith(TALK.partition(",")[0]) for constant in constants)
 
 
 @needs_compiler
