@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from entry_scripts import call
-from places import ROOT, SHARED
+from places import SHARED
 
 import nvae
 from nvae.checkpoints.pretrained import pretrained_models
