@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def effects_outside(folder: Path) -> Iterator[list[str]]:
     if not _watch.is_installed:
         sys.addaudithook(_watch)
         _watch.is_installed = True
+        tempfile.gettempdir()  # tries, once a process, whether a file can be written there
     _watch.folder, _watch.seen = folder.resolve(), []
     try:
         yield _watch.seen
