@@ -45,7 +45,7 @@ def test_the_tutorial_runs(notebook: Any, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.timeout(1800)
 def test_the_tutorial_runs_at_its_full_length(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = run(notebook, tmp_path, monkeypatch, updates=None)
-    bounds = [float(line.split()[2]) for line in printed.splitlines() if line.startswith(("default", "narrow"))]
+    bounds = [float(line.split()[2]) for line in printed.splitlines() if line.startswith(("paper's", "narrow"))]
     assert len(bounds) == 2 and max(bounds) < 30  # nats; 44.4 by tossing coins
 
 
