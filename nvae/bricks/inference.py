@@ -47,7 +47,7 @@ def for_inference(model: ModelT) -> ModelT:
     _replace(model, LatentGroup, FoldedGroup)
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and available():
-        _replace(model, Cell, BottleneckCell, BottleneckCell.fits)
+        _replace(model, Cell, BottleneckCell, BottleneckCell.fits, whole=(FoldedSeparableOp, ShiftCell))
         _replace(model, ShiftCell, BottleneckShiftCell)
     for name, value in list(vars(model).items()):
         if isinstance(value, EffectiveWeights):
@@ -80,13 +80,14 @@ def _replace(
     kind: type[Old],
     make: Callable[[Old], nn.Module],
     fits: Callable[[Old], bool] = lambda old: True,
+    whole: tuple[type[nn.Module], ...] = (),
 ) -> None:
-    """Puts others in the place of a module's parts of a kind. What is inside a bottleneck stays as it is."""
+    """Puts others in the place of a module's parts of a kind. What is inside those that are `whole` stays as it is."""
     for name, part in module.named_children():
         if isinstance(part, kind) and fits(part):
             setattr(module, name, make(part))
-        elif kind is Conv2d or not isinstance(part, (FoldedSeparableOp, ShiftCell)):
-            _replace(part, kind, make, fits)
+        elif not isinstance(part, whole):
+            _replace(part, kind, make, fits, whole)
 
 
 def _fold_cell(cell: Cell) -> None:

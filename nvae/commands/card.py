@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from ..checkpoints.model_folder import CONFIG, SAMPLES
-from ..core.config import yaml_of
+from ..core.config import flat, yaml_of
 from ..evaluation.reference import best_bound, has_bound, unit_for, value_in
 from ..evaluation.results import quality_table, scores_table, table
 from ..training.config import AnyRunConfig
@@ -199,8 +199,8 @@ def _programs(subject: Subject, names: Sequence[str]) -> str:
 def _training(config: AnyRunConfig | None) -> str:
     if config is None:
         return "The weights came without a recipe."
-    written = config.model_dump(mode="json")
-    places = [f"{field}={word}" for field, word in PLACES.items() if word and _at(written, field) is not None]
+    written = flat(config.model_dump(mode="json"))
+    places = [f"{field}={word}" for field, word in PLACES.items() if word and written[field] is not None]
     command = " ".join(["nvae-train", CONFIG, "name=again", *places, *config.model.to_train_again()])
     lines = [
         f"On `{config.data.name}`, seed {config.seed}; {CONFIG} is the whole recipe.",
@@ -258,8 +258,3 @@ def shared_config(subject: Subject) -> dict[str, Any]:
         section, _, name = field.partition(".")
         written[section] = {key: value for key, value in written[section].items() if key != name}
     return written
-
-
-def _at(config: Mapping[str, Any], field: str) -> Any:
-    section, _, name = field.partition(".")
-    return config[section][name]

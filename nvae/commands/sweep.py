@@ -22,12 +22,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..core.config import refuse_idle
 from ..core.errors import UserError
 from ..core.files import atomic_file
 from ..evaluation.results import read_results
 from ..evaluation.sweeps import comparison
-from ..models.registry import build
 from ..training.config import read_run_config
 from ..training.folder import RunFolder, inside, step_of
 from ..training.interruption import Interruption
@@ -35,6 +33,7 @@ from .arguments import natural
 from .bounds import DEFAULT_SAMPLES
 from .command import EXIT_INTERRUPTED, EXIT_USER_ERROR, command
 from .recipes import recipe
+from .train import planned
 
 POLL = 0.2
 """Seconds between two looks at the processes."""
@@ -90,7 +89,7 @@ def run() -> int:
     """What was asked for on the command line; the exit code."""
     args = parse()
     sweep = Sweep(args.name, runs_of(args), args.importance_samples, args.draws)
-    parameters = {run.recipe.stem: parameters_of(run, args.importance_samples) for run in sweep.runs}
+    parameters = {run.recipe.stem: parameters_of(run, args.importance_samples) for run in sweep.runs if run.seed == 0}
     with Interruption() as interruption:
         failed = carry_out(sweep, places(args.workers), interruption)
     table = comparison(figures(sweep), parameters)
@@ -131,10 +130,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 def parameters_of(run: Run, importance_samples: int) -> int:
     """How many parameters a recipe has. Raises UserError where it cannot be run, or not be evaluated in this way."""
-    config = read_run_config(run.recipe, list(run.overrides))
-    refuse_idle(config)
-    with torch.device("meta"):
-        model = build(config.model)
+    _, model = planned(read_run_config(run.recipe, list(run.overrides)))
     model.check_samples(importance_samples)
     return sum(p.numel() for p in model.parameters())
 

@@ -9,11 +9,12 @@ Exit codes: 0 finished, 2 something to fix (one line says what), 75 interrupted 
 import argparse
 from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from ..core.config import describe, dump_yaml, refuse_idle
+from ..models.base import Family
 from ..models.registry import build
 from ..training.config import AnyRunConfig, config_type, read_run_config
 from ..training.folder import RunFolder, inside
@@ -69,12 +70,17 @@ def fields(config: type[AnyRunConfig]) -> str:
     return "\n".join(lines)
 
 
-def dry_run(config: AnyRunConfig) -> str:
-    """What would run: the resolved config, parameters by part, latent groups. Nothing is allocated or opened."""
+def planned(config: AnyRunConfig) -> tuple[AnyRunConfig, Family[Any]]:
+    """The config that would run, on top of what it is built on, and its model on the meta device. Raises UserError."""
     refuse_idle(config)
     config = built_on(config, foundation_of(config))
     with torch.device("meta"):
-        model = build(config.model)
+        return config, build(config.model)
+
+
+def dry_run(config: AnyRunConfig) -> str:
+    """What would run: the resolved config, parameters by part, latent groups. Nothing is allocated or opened."""
+    config, model = planned(config)
     total = sum(p.numel() for p in model.parameters())
     lines = [dump_yaml(config), f"parameters: {total:,}"]
     for name, child in model.named_children():

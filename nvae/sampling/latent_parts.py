@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core.distributed import barrier, from_rank_zero, rank, world_size
 from ..core.errors import UserError

@@ -40,8 +40,6 @@ class Tracker:
     ) -> None:
         """`config`: the run's, section by section. Raises UserError where `wandb` cannot be had."""
         self.active = rank() == 0
-        self._advanced: list[tuple[float, int]] = []
-        self._paced: tuple[float, int] | None = None
         self.folder, self.total_steps = folder, total_steps
         self.step, self.log_lines = step, log_lines
         self.wandb, self.config = wandb, config or {}
@@ -54,7 +52,8 @@ class Tracker:
         # In a log file, where no bar can move, lines take its place.
         unseen = not sys.stderr.isatty()
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=unseen)
-        self._advanced, self._paced = [(time.monotonic(), step)], None
+        self._advanced = [(time.monotonic(), step)]
+        self._paced: tuple[float, int] | None = None
 
     def rewind(self, step: int, log_lines: int) -> None:
         """Forgets what was written past a step to which the run returns."""

@@ -6,22 +6,11 @@ from typing import Any
 import pytest
 import torch
 from entry_scripts import call
-from tiny_run import TINY, tiny_run, train_in
+from tiny_run import TINY, VERY_DEEP, tiny_run, train_in
 
 from nvae.checkpoints.conversion import convert
 from nvae.core.errors import UserError
 from nvae.training.config import run_config
-
-VDVAE = {
-    "family": "vdvae",
-    "image_size": 8,
-    "image_channels": 1,
-    "likelihood": {"kind": "bernoulli"},
-    "width": 8,
-    "latent_channels": 2,
-    "encoder": "8x1,8d8,1x1",
-    "decoder": "1x1,8m1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def very_deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a model without batch norm."""
     runs = tmp_path_factory.mktemp("runs")
-    config = run_config({**TINY, "model": VDVAE, "train": {**TINY["train"], "steps": 1}}, "vdvae")
+    config = run_config({**TINY, "model": VERY_DEEP, "train": {**TINY["train"], "steps": 1}}, "vdvae")
     assert train_in(runs, config) == "finished"
     return runs / "tiny"
 
