@@ -20,6 +20,7 @@ from ..bricks.regularizers import SpectralPenalty
 from ..models.base import Family, Metrics, Output, Recomputation
 from ..models.config import ModelConfig
 from ..models.registry import build
+from .published_vdvae import as_published
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,17 @@ def saved_bytes(
     batch: int = 1,
     recompute: Recomputation = "none",
     precision: torch.dtype | None = None,
+    *,
+    published: bool = False,
 ) -> int:
     """What autograd saves for the backward pass of a step, by its own account: saved-tensor hooks see each tensor.
 
     A storage counts once; weights and buffers do not. The difference of two batches is what an image takes.
+    `published`: in the arithmetic of the published code, where the family has one of its own.
     """
     with FakeTensorMode():
         model, images, noise = _inputs(config, batch, recompute)
+        model = as_published(model) if published else model
         apart = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         saved: dict[int, Tensor] = {}  # by storage; held, lest another storage take its place in memory
 

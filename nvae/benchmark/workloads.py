@@ -18,12 +18,14 @@ from ..models.base import Family, FirstBatch, FirstImages
 from ..models.config import ModelConfig
 from ..models.nvae.config import NVAEConfig
 from ..models.registry import build
+from ..models.vdvae.config import VDVAEConfig
 from ..sampling.images import sample_images
 from ..training.config import read_run_config
 from ..training.optim import OptimConfig, build_optimiser
+from .published_vdvae import as_published
 from .timing import Action
 
-MODELS: dict[str, NVAEConfig] = {
+MODELS: dict[str, ModelConfig] = {
     "small": NVAEConfig.model_validate(
         {
             "image_size": 32,
@@ -42,8 +44,20 @@ MODELS: dict[str, NVAEConfig] = {
             "flows": 1,
         }
     ),
+    "very-deep": VDVAEConfig.model_validate(
+        {
+            "image_size": 32,
+            "likelihood": {"kind": "logistic_mixture"},
+            "encoder": "32x3,32d2,16x2,16d2,8x1,8d2,4x1,4d4,1x1",
+            "decoder": "1x1,4m1,4x1,8m4,8x3,16m8,16x4,32m16,32x8",
+            "width": 128,
+            "input_mean": 120.63838,
+            "input_std": 64.16736,
+        }
+    ),
 }
-"""`small`: 10 groups at 16×16, as the CIFAR-10 recipe has 30; `scales`: 6 + 3 + 1 groups from 32×32 down to 8×8."""
+"""`small`: 10 groups at 16×16, as the CIFAR-10 recipe has 30; `scales`: 6 + 3 + 1 groups from 32×32 down to 8×8;
+`very-deep`: 21 layers of latents, a Very Deep VAE of 2.2 M parameters."""
 
 
 def model_named(name: str) -> ModelConfig:
@@ -103,6 +117,7 @@ class Workload:
         model = deepcopy(model).train()
         options = OptimConfig(lr=1e-4)
         if way.plain:
+            model = as_published(model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimiser: torch.optim.Optimizer = torch.optim.Adamax(trained, lr=options.lr, foreach=False)
         else:
@@ -125,7 +140,7 @@ class Workload:
 
     def evaluation(self, model: Family[Any], way: Way) -> Action:
         """The importance-weighted bound of the batch with K samples; plainly, K whole passes."""
-        images, model = self.images, model.eval()
+        images, model = self.images, (as_published(model) if way.plain else model).eval()
 
         @torch.no_grad()
         def passes() -> None:
@@ -145,7 +160,7 @@ class Workload:
 
     def sampling(self, model: Family[Any], way: Way) -> Action:
         """The batch's number of images at temperature 0.7."""
-        model = model.eval()
+        model = (as_published(model) if way.plain else model).eval()
 
         @torch.no_grad()
         def draw() -> None:

@@ -39,8 +39,7 @@ class Normal(NamedTuple):
     @staticmethod
     def from_log_sigma(raw: Tensor, temperature: float = 1.0) -> "Normal":
         """From (B, 2L, h, w): mean m and sigma exp(l) · temperature, both unbounded (spec_vdvae, Decoder)."""
-        mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
-        return Normal(mean, log_sigma.exp() * temperature)
+        return Normal(*log_sigma_normal(raw, temperature))
 
     def draw(self, noise: Tensor) -> Tensor:
         """μ + σ·ε for standard-normal noise (B, L, h, w)."""
@@ -122,6 +121,20 @@ def _raws(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]
     first, second = (3 * torch.randn(4, 6, 4, 5, generator=generator).to(device, dtype) for _ in range(2))
     yield (first,), 1.0
     yield (first, second, second[:2]), 0.7
+
+
+def _log_sigmas(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(4, 6, 4, 5, generator=generator).to(device, dtype)
+    yield raw, 1.0
+    yield raw, 0.7
+
+
+@operation(_log_sigmas)
+def log_sigma_normal(raw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Mean and sigma of `Normal.from_log_sigma`, float32 or more."""
+    mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
+    return mean, log_sigma.exp() * temperature
 
 
 @operation(_raws)

@@ -15,11 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from ..core.precision import at_least_float32
 from . import depthwise
-from .activations import Activation, in_a_pass, with_slope
+from .activations import ACTIVATIONS, Activation, in_a_pass, with_slope
 from .fusion import fused
 
 FEW_PIXELS = 2**12
 """Up to so many in a batch, a product of matrices makes the weight gradient of a 1×1 kernel faster than PyTorch's."""
+OPERATORS: tuple[Activation, ...] = ("swish", "gelu")
+"""Activations that are one operator of PyTorch, as fast as a pass of ours."""
 
 
 class Geometry(NamedTuple):
@@ -128,6 +130,12 @@ class General:
 class Pointwise(General):
     """Gradients as products of matrices, with pixels as rows."""
 
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """(B, C, H, W) -> (B, O, H, W)."""
+        if not torch.is_grad_enabled():
+            return super().forward(x, weight, bias, geometry)
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         """As x."""
         return (grad.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
@@ -221,8 +229,15 @@ class _OfActivated(torch.autograd.Function):
         return x_grad, weight_grad, bias_grad, None, None
 
 
-@fused(dynamic=True)
 def _activated(x: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
+    """act(x) in a type; where PyTorch has one operator for that, by it."""
+    if x.dtype == dtype and activation in OPERATORS:
+        return ACTIVATIONS[activation](x)
+    return _activated_and_cast(x, activation, dtype)
+
+
+@fused(dynamic=True)
+def _activated_and_cast(x: Tensor, activation: Activation, dtype: torch.dtype) -> Tensor:
     return in_a_pass(activation, at_least_float32(x)).to(dtype)
 
 

@@ -65,8 +65,8 @@ def fused(
 
     `dynamic`: one kernel for all sizes, else one for each; on a GPU always one for each, where threads read several
     numbers at once only if sizes are known; `least`: the number of elements from which on it is worth making (None:
-    `WORTH_COMPILING`); `few`: over few numbers, worth making on a GPU alone, where each operator would be a launch;
-    `small` makes of a call's arguments the small ones that the kernel is compared on.
+    `WORTH_COMPILING`); `few`: over few numbers, worth making on a GPU at any size, where each operator would be a
+    launch; `small` makes of a call's arguments the small ones that the kernel is compared on.
     The function modifies no argument and passes no gradient.
     """
 
@@ -184,6 +184,6 @@ def _worth_compiling(x: object, least: int | None, few: bool) -> bool:
 
 def _are_enough(x: Tensor, least: int | None, few: bool) -> bool:
     """Whether a kernel for a tensor of that size would pay."""
-    if few:
-        return x.device.type not in ANY_SIZE
+    if few and x.device.type not in ANY_SIZE:
+        return True
     return x.numel() >= (WORTH_COMPILING if least is None else least)

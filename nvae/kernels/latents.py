@@ -25,6 +25,11 @@ def bounded_normal(raws: tuple[Tensor, ...], temperature: float) -> Pair:
     return cast(Pair, _Bounded.apply(first, second, temperature))
 
 
+def log_sigma_normal(raw: Tensor, temperature: float) -> Pair:
+    """Mean m and sigma exp(l) · temperature of raw parameters (B, 2L, h, w)."""
+    return cast(Pair, _OfLogSigma.apply(raw, temperature))
+
+
 def score_terms(q: Pair, p: Pair, drawn: Tensor, z: Tensor, closed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """KL (B, L) of q from p, log density (B,) of `drawn` under q and of z under p, in nats."""
     if any(tensor.shape != z.shape for tensor in (*q, *p, drawn)):
@@ -51,6 +56,23 @@ class _Bounded(torch.autograd.Function):
         mean_grad, sigma_grad = grads
         raw_grad = _bounded_gradient(first, second, mean_grad, sigma_grad, ctx.temperature)
         return raw_grad.to(first.dtype), None if second is None else raw_grad.to(second.dtype), None
+
+
+class _OfLogSigma(torch.autograd.Function):
+    """`log_sigma_normal`."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, temperature: float) -> Pair:
+        mean, sigma = _of_log_sigma(raw, temperature)
+        ctx.save_for_backward(sigma)
+        ctx.dtype = raw.dtype
+        return mean, sigma
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mean_grad, sigma_grad = grads
+        return _log_sigma_gradient(mean_grad, sigma_grad, *ctx.saved_tensors).to(ctx.dtype), None
 
 
 class _Scored(torch.autograd.Function):
@@ -105,6 +127,18 @@ def _soft(first: Tensor, second: Tensor | None) -> Pair:
     raw = at_least_float32(first) if second is None else at_least_float32(first) + at_least_float32(second)
     mean, log_sigma = (5 * torch.tanh(raw / 5)).chunk(2, dim=1)
     return mean, log_sigma
+
+
+@fused(dynamic=True, few=True)
+def _of_log_sigma(raw: Tensor, temperature: float) -> Pair:
+    mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
+    return mean.clone(), log_sigma.exp() * temperature
+
+
+@fused(dynamic=True, few=True)
+def _log_sigma_gradient(mean_grad: Tensor, sigma_grad: Tensor, sigma: Tensor) -> Tensor:
+    """Of raw parameters, (B, 2L, h, w)."""
+    return torch.cat([mean_grad, sigma_grad * sigma], dim=1)
 
 
 @fused(dynamic=True, few=True)

@@ -118,6 +118,13 @@ def test_what_is_kept_for_the_backward_pass_is_less_than_half_and_a_sixth() -> N
         assert found["ours, cells recomputed"] <= recomputed * single["plain"]
 
 
+def test_a_very_deep_vae_keeps_less_than_half_of_what_the_published_arithmetic_keeps() -> None:
+    single, half = (saved_mib_per_image(MODELS["very-deep"], precision) for precision in (None, torch.bfloat16))
+    for found in (single, half):
+        assert found["ours"] <= 0.45 * found["plain"]
+        assert found["ours, cells recomputed"] <= 0.2 * found["plain"]
+
+
 def test_flops_are_counted_from_shapes(tiny_config: Callable[..., NVAEConfig]) -> None:
     """The vanilla model's convolutions, one by one."""
     config = tiny_config(groups=1, squeeze_excite=False)

@@ -31,6 +31,21 @@ def test_parameters_are_pytorchs(count: int) -> None:
     assert_same(latents.bounded_normal.plain, passes.bounded_normal, (raws, 0.7))
 
 
+def test_parameters_without_a_bound_are_pytorchs() -> None:
+    raw = torch.randn(SHAPE, dtype=torch.float64)
+    assert_same(latents.log_sigma_normal.plain, passes.log_sigma_normal, (raw, 0.7))
+
+
+def test_gradients_of_parameters_are_channels_last_where_those_of_the_normal_are() -> None:
+    """Others would be copied before each convolution's backward pass."""
+    raw = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    raw.register_hook(lambda grad: layouts.append(grad.is_contiguous(memory_format=torch.channels_last)))
+    layouts: list[bool] = []
+    mean, sigma = passes.log_sigma_normal(raw, 1.0)
+    (mean * sigma).sum().backward()
+    assert layouts == [True]
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_scores_are_pytorchs(closed: bool) -> None:
     q_mean, p_mean, drawn, z = (torch.randn(SHAPE, dtype=torch.float64) for _ in range(4))

@@ -64,8 +64,16 @@ class Block(nn.Module):
         return self.reduced(self.reduce(for_autocast(x), "gelu"))
 
     def reduced(self, x: Tensor) -> Tensor:
-        """What follows the first convolution: (B, middle, R, R) -> (B, out, R, R)."""
-        return cast(Tensor, self.expand(self.second(self.first(x, "gelu"), "gelu"), "gelu"))
+        """What follows the first convolution: (B, middle, R, R), which nobody else reads, -> (B, out, R, R)."""
+        for following in (self.first, self.second, self.expand):
+            x = following(x, "gelu") if torch.is_grad_enabled() else following(torch.ops.aten.gelu_(x))
+        return x
+
+
+def added(made: Tensor, x: Tensor) -> Tensor:
+    """made + x, without gradients in the memory of `made`, which nobody else reads; x may be of one image for all."""
+    in_place = not torch.is_grad_enabled() and made.dtype == x.dtype
+    return made.add_(x) if in_place else x + made
 
 
 class EncoderBlock(Recomputable):
@@ -83,7 +91,7 @@ class EncoderBlock(Recomputable):
         return self.run(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.block(x)
+        x = added(self.block(x), x)
         if self.pool > 1:
             x = F.avg_pool2d(x, self.pool)
         return F.pad(x, (0, 0, 0, 0, 0, self.growth)) if self.growth else x
@@ -140,8 +148,8 @@ class LatentBlock(Recomputable):
 
     def entered(self, x: Tensor, z: Tensor) -> Tensor:
         """The state (K·B, W, R, R) after z has entered it."""
-        x = x + self.project(z)
-        return cast(Tensor, x + self.residual(x))
+        x = added(self.project(z), x)
+        return added(self.residual(x), x)
 
     def _joined(self, x: Tensor, below: Tensor | None) -> Tensor:
         """The state after the first channels of the one below, enlarged, were added."""
@@ -312,6 +320,11 @@ class VDVAE(Hierarchy[VDVAEConfig]):
             self.input.measure(first.images(MEASURED))
 
     # ----------------------------------------------------------------------------------------------------- top-down
+
+    @property
+    def encoder_blocks(self) -> list[EncoderBlock]:
+        """Bottom-up."""
+        return cast("list[EncoderBlock]", list(self.encoder))
 
     @property
     def latent_blocks(self) -> list[LatentBlock]:
