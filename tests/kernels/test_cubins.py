@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 import triton
 import triton.backends.nvidia
 import triton.language as tl
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,7 +32,10 @@ KERNELS: dict[str, dict[str, Any]] = {
 REGISTERS = 128
 """Of a thread, at most: with 128 threads a program, four programs share a multiprocessor's 65536."""
 
-pytestmark = pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="Triton without NVIDIA's tools")
+pytestmark = [
+    pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="Triton without NVIDIA's tools"),
+    pytest.mark.skipif(Version(triton.__version__) < Version("3.3"), reason="Triton before 3.3 takes other arguments"),
+]
 
 
 def compiled(name: str, dtype: str, capability: int, channels: int = 768, stride: int = 1) -> Any:

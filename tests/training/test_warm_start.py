@@ -5,9 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_folders import shared as model_folder
+from safetensors.torch import load_file
 from tiny_run import checkpoint, tiny_run, train_in
 
+from nvae.checkpoints.model_folder import WEIGHTS
 from nvae.core.errors import UserError
+from nvae.models.registry import build
 from nvae.training.config import AnyRunConfig
 
 MIXTURE = ("data.binarize=false", "model.likelihood={kind: logistic_mixture, components: 2}")
@@ -86,3 +90,12 @@ def test_a_run_that_goes_on_takes_every_tensor_or_none(source: Path, larger: Any
     with pytest.raises(UserError):
         train_in(tmp_path, changed)
     assert checkpoint(tmp_path / "tiny")["config"]["model"]["image_size"] == 8
+
+
+def test_a_model_folder_is_a_start_like_a_run(tmp_path: Path) -> None:
+    """Another machine has what was exported, and not the run."""
+    config = tiny_run("train.steps=1")
+    folder = model_folder(tmp_path / "shared", build(config.model))
+    assert train_in(tmp_path / "runs", tiny_run("train.steps=1", f"train.init_from={folder}")) == "finished"
+    begun = checkpoint(tmp_path / "runs" / "tiny", 0)["model"]
+    assert all(torch.equal(begun[name], weight) for name, weight in load_file(folder / WEIGHTS).items())
