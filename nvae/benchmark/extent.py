@@ -41,6 +41,11 @@ def over_batches(workload: Workload, batches: Sequence[int], way: Way, rounds: i
     return Line(list(batches), [times.median(str(n)) for n in batches])
 
 
+def has_groups(config: ModelConfig) -> bool:
+    """Whether a number of groups says how deep the model is."""
+    return "groups" in type(config).model_fields
+
+
 def over_groups(workload: Workload, groups: Sequence[int], way: Way, rounds: int) -> Line:
     """An update's time over the number of groups at the largest latent resolution."""
     actions = {}

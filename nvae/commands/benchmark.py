@@ -24,7 +24,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..benchmark.depthwise import ROWS, SHAPES, depthwise_times
 from ..benchmark.drawing import drawing
-from ..benchmark.extent import memory_growth, over_batches, over_groups, saved_mib_per_image, seconds_to_first_update
+from ..benchmark.extent import (
+    has_groups,
+    memory_growth,
+    over_batches,
+    over_groups,
+    saved_mib_per_image,
+    seconds_to_first_update,
+)
 from ..benchmark.loading import decoder_rate, loader_rate, resident_milliseconds
 from ..benchmark.machine import description, keep_memory, matrix_peak, training_gflop
 from ..benchmark.stores import made_store
@@ -35,7 +42,6 @@ from ..core.precision import AUTOCAST, allow_tf32, precision_on
 from ..data.config import DataConfig
 from ..data.loading import TrainingStream
 from ..data.sets import open_images
-from ..models.nvae.config import NVAEConfig
 from .arguments import known_device, natural
 from .command import command
 
@@ -162,7 +168,7 @@ def scaling(args: argparse.Namespace) -> Table:
     lines = [f"scaling of an update, {way}"]
     figures: Figures = {}
     measured = {"images": over_batches(workload, [4, 8, 16, 32], way, args.rounds)}
-    if isinstance(workload.config, NVAEConfig):
+    if has_groups(workload.config):
         measured["groups"] = over_groups(workload, [4, 8, 12, 16], way, args.rounds)
     for name, line in measured.items():
         slope, none, explained = line.fit

@@ -174,6 +174,11 @@ def _limit_hit() -> tuple[type[Exception], ...]:
     return LIMIT_HIT
 
 
+def is_worth_a_pass(x: Tensor) -> bool:
+    """Whether a function of `few` numbers like x would be compiled, if there is a compiler."""
+    return _are_enough(x, None, few=True)
+
+
 def _worth_compiling(x: object, least: int | None, few: bool) -> bool:
     """False for small tensors, plainly, and where somebody watches."""
     assert isinstance(x, Tensor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..core.precision import at_least_float32
-from .fusion import fused
+from .fusion import fused, is_worth_a_pass
 
 Pair = tuple[Tensor, Tensor]
 """Mean and sigma of a Normal."""
@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 def bounded_normal(raws: tuple[Tensor, ...], temperature: float) -> Pair:
     """Mean soft(m) and sigma (exp(soft(l)) + 0.01) · temperature of the sum of raw parameters (B, 2L, h, w)."""
-    if len(raws) > 2 or any(len(raw) != len(raws[0]) for raw in raws):
+    if len(raws) > 2 or any(len(raw) != len(raws[0]) for raw in raws) or not is_worth_a_pass(raws[0]):
         return NotImplemented  # type: ignore[no-any-return]
     first, second = (*raws, None)[:2]
     return cast(Pair, _Bounded.apply(first, second, temperature))
@@ -27,14 +27,16 @@ def bounded_normal(raws: tuple[Tensor, ...], temperature: float) -> Pair:
 
 def log_sigma_normal(raw: Tensor, temperature: float) -> Pair:
     """Mean m and sigma exp(l) · temperature of raw parameters (B, 2L, h, w)."""
+    if not is_worth_a_pass(raw):
+        return NotImplemented  # type: ignore[no-any-return]
     return cast(Pair, _OfLogSigma.apply(raw, temperature))
 
 
 def score_terms(q: Pair, p: Pair, drawn: Tensor, z: Tensor, closed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """KL (B, L) of q from p, log density (B,) of `drawn` under q and of z under p, in nats."""
-    if any(tensor.shape != z.shape for tensor in (*q, *p, drawn)):
+    if any(tensor.shape != z.shape for tensor in (*q, *p, drawn)) or not is_worth_a_pass(z):
         return NotImplemented  # type: ignore[no-any-return]
-    return cast(tuple[Tensor, Tensor, Tensor], _Scored.apply(*q, *p, drawn, z, closed))
+    return cast(tuple[Tensor, Tensor, Tensor], _Scored.apply(*q, *p, drawn, None if z is drawn else z, closed))
 
 
 # ------------------------------------------------------------------------------------------------- through autograd
@@ -86,9 +88,10 @@ class _Scored(torch.autograd.Function):
         p_mean: Tensor,
         p_sigma: Tensor,
         drawn: Tensor,
-        z: Tensor,
+        z: Tensor | None,
         closed: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """z: None where it is what was drawn."""
         ctx.save_for_backward(q_mean, q_sigma, p_mean, p_sigma, drawn, z)
         ctx.closed = closed
         return _scored(q_mean, q_sigma, p_mean, p_sigma, drawn, z, closed)
@@ -99,7 +102,7 @@ class _Scored(torch.autograd.Function):
         q_mean, q_sigma, p_mean, p_sigma, drawn, z = ctx.saved_tensors
         by_kl, by_q, by_p = grads
         found = _score_gradients(q_mean, q_sigma, p_mean, p_sigma, drawn, z, by_kl, by_q, by_p, ctx.closed)
-        return *found, None
+        return (*found, None) if z is not None else (*found, None, None)
 
 
 # ------------------------------------------------------------------------------------------------ passes over memory
@@ -143,9 +146,9 @@ def _log_sigma_gradient(mean_grad: Tensor, sigma_grad: Tensor, sigma: Tensor) ->
 
 @fused(dynamic=True, few=True)
 def _scored(
-    q_mean: Tensor, q_sigma: Tensor, p_mean: Tensor, p_sigma: Tensor, drawn: Tensor, z: Tensor, closed: bool
+    q_mean: Tensor, q_sigma: Tensor, p_mean: Tensor, p_sigma: Tensor, drawn: Tensor, z: Tensor | None, closed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    log_q, log_p = _log_prob(q_mean, q_sigma, drawn), _log_prob(p_mean, p_sigma, z)
+    log_q, log_p = _log_prob(q_mean, q_sigma, drawn), _log_prob(p_mean, p_sigma, drawn if z is None else z)
     divergence = log_q - log_p
     if closed:
         ratio = q_sigma / p_sigma
@@ -164,17 +167,18 @@ def _score_gradients(
     p_mean: Tensor,
     p_sigma: Tensor,
     drawn: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     by_kl: Tensor,
     by_q: Tensor,
     by_p: Tensor,
     closed: bool,
 ) -> tuple[Tensor, ...]:
-    """Of both means and sigmas, of `drawn` and of z, from those of the KL (B, L) and the log densities (B,)."""
+    """Of both means and sigmas, of `drawn`, and of z if it is another, from those of the KL (B, L) and the log
+    densities (B,)."""
     by_kl, by_q, by_p = by_kl[:, :, None, None], by_q[:, None, None, None], by_p[:, None, None, None]
     if not closed:
         by_q, by_p = by_q + by_kl, by_p - by_kl
-    q_noise, p_noise = (drawn - q_mean) / q_sigma, (z - p_mean) / p_sigma
+    q_noise, p_noise = (drawn - q_mean) / q_sigma, ((drawn if z is None else z) - p_mean) / p_sigma
     q_mean_grad, p_mean_grad = by_q * q_noise / q_sigma, by_p * p_noise / p_sigma
     q_sigma_grad, p_sigma_grad = by_q * (q_noise.square() - 1) / q_sigma, by_p * (p_noise.square() - 1) / p_sigma
     drawn_grad, z_grad = -q_mean_grad, -p_mean_grad
@@ -183,4 +187,5 @@ def _score_gradients(
         q_mean_grad, p_mean_grad = q_mean_grad + by_kl * shift / p_sigma, p_mean_grad - by_kl * shift / p_sigma
         q_sigma_grad = q_sigma_grad + by_kl * (ratio / p_sigma - 1 / q_sigma)
         p_sigma_grad = p_sigma_grad - by_kl * (shift.square() + ratio.square() - 1) / p_sigma
-    return q_mean_grad, q_sigma_grad, p_mean_grad, p_sigma_grad, drawn_grad, z_grad
+    of_parameters = q_mean_grad, q_sigma_grad, p_mean_grad, p_sigma_grad
+    return (*of_parameters, drawn_grad + z_grad) if z is None else (*of_parameters, drawn_grad, z_grad)

@@ -10,9 +10,17 @@ from torch.utils._pytree import tree_leaves
 
 from nvae.bricks import latents
 from nvae.bricks.latents import Normal
+from nvae.kernels import fusion
 from nvae.kernels import latents as passes
 
 SHAPE = (3, 4, 5, 2)
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where these are passes at any size."""
+    monkeypatch.setattr(fusion, "ANY_SIZE", ())
+    monkeypatch.setattr(fusion, "compiles", lambda device_type: False)
 
 
 def assert_same(plain: Callable[..., Any], fast: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -52,6 +60,17 @@ def test_scores_are_pytorchs(closed: bool) -> None:
     q_sigma, p_sigma = (torch.rand(SHAPE, dtype=torch.float64) + 0.1 for _ in range(2))
     args = Normal(q_mean, q_sigma), Normal(p_mean, p_sigma), drawn, z, closed
     assert_same(latents.score_terms.plain, passes.score_terms, args)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_scores_of_one_draw_are_pytorchs(closed: bool) -> None:
+    """Without a flow both densities are of the same z."""
+    mean, sigma, z = torch.randn(2, *SHAPE).double(), torch.rand(2, *SHAPE).double() + 0.1, torch.randn(SHAPE).double()
+
+    def scored(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda mean, sigma, z: function(Normal(mean[0], sigma[0]), Normal(mean[1], sigma[1]), z, z, closed)
+
+    assert_same(scored(latents.score_terms.plain), scored(passes.score_terms), (mean, sigma, z))
 
 
 def test_raw_parameters_get_gradients_of_their_own_type() -> None:
