@@ -19,7 +19,7 @@ from places import ROOT
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from nvae.kernels import fusion, operations
@@ -149,6 +149,31 @@ class Trace(TorchDispatchMode):
         asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
         if not (asynchronous and any(source is tensor for tensor in self._pinned)):
             self.waits[f"copy from {source.device.type} at {_asked_at()}"] += 1
+
+
+class Script(TorchDispatchMode):
+    """Within, writes down what is asked of a GPU, word for word: operators and what they are given, but for numbers
+    in tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.between_devices: list[str] = []
+        """Copies, which a replay would make from memory that holds something else by then."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = _tensors((args, kwargs or {}, made))
+        if any(tensor.is_cuda for tensor in tensors) and func.namespace != "prim":
+            told = tree_map_only(Tensor, _told, (args, kwargs or {}))
+            self.lines.append(f"{func} {told}")
+            if func._schema.name.partition("::")[2] in COPIES and not all(tensor.is_cuda for tensor in tensors):
+                self.between_devices.append(f"{self.lines[-1]} at {_asked_at()}")
+        return made
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} on {tensor.device.type}"
 
 
 def _worth_compiling(x: Tensor, least: int | None, few: bool) -> bool:

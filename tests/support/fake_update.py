@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from fake_gpu import GPU, Trace, fake_gpu
+from fake_gpu import GPU, Script, Trace, fake_gpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nvae.bricks.regularizers import SpectralPenalty
@@ -55,6 +55,21 @@ def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1,
     return trace
 
 
+def traced_gradients(config: AnyRunConfig, precision: Precision, *steps: int) -> tuple[Trace, list[Script]]:
+    """What the part of an update that `train.graph` records asks of a GPU, at each of some steps of a run."""
+    scripts = [Script() for _ in steps]
+    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch):
+        run = _trainer(config, precision, 1)
+        trace = Trace(patch)
+        for step, script in zip(steps, scripts, strict=True):
+            run.state.step = step
+            with trace:
+                passes = [run._next_pass()]
+                with script:
+                    run._gradients(passes)
+    return trace, scripts
+
+
 @dataclass(frozen=True)
 class Readiness:
     """When a rank's gradients are complete in its backward pass."""
@@ -80,8 +95,7 @@ def readiness(config: AnyRunConfig, *, world: int) -> Readiness:
         for parameter in run.parameters:
             parameter.register_post_accumulate_grad_hook(lambda p: found.append((trace.moved.total(), p.numel())))
         with trace:
-            run.batch = next(run.batches)
-            loss, _ = run._loss(run.parallel)
+            loss, _ = run._loss(run.parallel, run._next_pass())
             start = trace.moved.total()
             loss.backward()
     return Readiness([(moved - start, numbers) for moved, numbers in found], trace.moved.total() - start)
