@@ -29,8 +29,8 @@ from ..hierarchy import EncodedImages, Hierarchy
 from .config import NVAEConfig
 from .objective import balance_factors, balance_weights, balanced_kl, in_warm_up, kl_coefficient, spectral_weight
 
-STAGES = 3
-"""Of each way of a pass, up and down. Ranks exchange a stage's gradients as soon as the backward pass has left it."""
+UP, DOWN = 10, 2
+"""Stages of either way of a pass. Ranks exchange a stage's gradients as soon as the backward pass has left it."""
 
 
 @dataclass
@@ -303,7 +303,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def likelihood(self, state: Tensor) -> Likelihood:
         """p(x | z) from the state after the last group."""
-        self.weights.reach(2 * STAGES - 1)
+        self.weights.reach(UP + DOWN - 1)
         params = self.head(self.postprocess(state), "elu")
         config = self.config.likelihood
         return LIKELIHOODS[config.kind](params, config, self.config.image_channels, recompute=self.recompute)
@@ -312,14 +312,14 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def _stages_of(self, g: int) -> tuple[int, int]:
         """Those in which a pass gets to group g on its way up and on its way down."""
-        part = g * STAGES // len(self.groups)
-        return STAGES - 1 - part, STAGES + part
+        share = g / len(self.groups)
+        return UP - 1 - int(share * UP), UP + int(share * DOWN)
 
     def _stages(self) -> list[list[nn.Module]]:
         """What a pass gets to in each."""
-        stages: list[list[nn.Module]] = [[] for _ in range(2 * STAGES)]
+        stages: list[list[nn.Module]] = [[] for _ in range(UP + DOWN)]
         stages[0] += [self.stem, self.preprocess]
-        stages[STAGES - 1].append(self.top)
+        stages[UP - 1].append(self.top)
         stages[-1] += [self.postprocess, self.head]
         for g, group in enumerate(self.latent_groups):
             up, down = self._stages_of(g)
