@@ -27,6 +27,9 @@ Recomputation = Literal["none", "activations", "cells"]
 Temperature = float | Sequence[float]
 Noise = Sequence[Tensor]
 Metrics = dict[str, Tensor]
+Progress = float | Tensor
+"""The fraction of training done: a number, or where a pass is recorded to be replayed a 0-d tensor on its device, in
+float64, which the host must not read."""
 Chooser = Callable[[Tensor], Tensor]
 """Picks codes (B,) int64 by their logits (B, K)."""
 
@@ -290,7 +293,7 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
         raise UserError(f"{next(iter(parts))}: a {cls.__name__} is not trained in parts that could be joined")
 
     @abstractmethod
-    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+    def loss(self, output: Output, progress: Progress) -> tuple[Tensor, Metrics]:
         """The scalar to minimise at a fraction of training done, and detached metrics to log.
 
         The scalar is in the family's own unit: thresholds on gradient norms and the optimiser's eps are meant for it.

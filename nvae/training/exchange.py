@@ -1,6 +1,7 @@
 """How ranks exchange gradients: in flat buckets, each on its way as soon as it is full (Li et al. 2020)."""
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any, Literal
 
@@ -26,6 +27,11 @@ def parallel(model: nn.Module, device: torch.device, exchange: Exchange) -> nn.M
     if exchange == "bf16":
         exchanging.register_comm_hook(None, bf16_compress_hook)
     return exchanging
+
+
+def exchanging(model: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
+    """Within, gradients of a `parallel` model are on their way to other ranks as they come, or stay on their rank."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 
 _BUFFERS_OPTION = (  # whether rank 0 hands out its buffers in every pass; older versions call it otherwise

@@ -3,14 +3,13 @@
 The trainer receives built objects; it knows no family, no data set and no command line.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..core.config import Config, flat
 from ..core.devices import device_name
@@ -20,14 +19,15 @@ from ..core.precision import Precision, autocast
 from ..core.randomness import derived_seed
 from ..data.loading import TrainingStream
 from ..kernels.operations import Mode
-from ..models.base import Metrics, Output, Recomputation
-from .beginning import training_noise
+from ..models.base import Metrics, Recomputation
 from .boards import Wandb
 from .diagnosis import first_non_finite
-from .exchange import Exchange, parallel
+from .exchange import Exchange, exchanging, parallel
 from .folder import RunFolder, is_milestone
+from .graph import Replayed, require_replayable
 from .interruption import Interruption
 from .optim import Schedule
+from .passes import Pass
 from .profiling import SKIPPED, Recorder
 from .state import BufferCopy, TrainingState
 from .throughput import Meter
@@ -57,6 +57,9 @@ class TrainConfig(Config):
     `plain`."""
     compile: bool = False
     """Compile the model's parts with torch.compile; the first steps then take longer."""
+    graph: bool = False
+    """On one CUDA device: record the gradients of an update once as a CUDA graph, whose kernels the host then launches
+    all at once. It takes more memory, and was never run on a GPU yet."""
     deterministic: bool = False
     """Only algorithms that give the same numbers each time, slower; an operator that has none on the device ends the
     run."""
@@ -135,6 +138,9 @@ class Trainer:
         self.parallel = parallel(self.model, self.device, config.exchange)
         self.meter = Meter(self.model.config, self.device, precision)
         self.recorder = Recorder(folder.path, config.profile, self.device)
+        if config.graph:
+            require_replayable(self.model, self.device, profiled=config.profile > 0)
+        self.gradients = Replayed(self._gradients, recording=config.graph)
         self.stopping = False
 
     # ---------------------------------------------------------------------------------------------------- the loop
@@ -180,14 +186,11 @@ class Trainer:
         torch.manual_seed(derived_seed(self.seed, "step", rank(), state.step))
         for group in state.optimiser.param_groups:
             group["lr"] = state.lr_factor * self.schedule(state.step)
-        self.buffers.take()
-        state.optimiser.zero_grad()
-        metrics = self._accumulate_gradients()
-        state.scaler.unscale_(state.optimiser)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        metrics, norm = self._accumulate_gradients()
         non_finite, norm_value = self._judge(metrics["loss"], norm)
         if non_finite:
             self.buffers.put_back()
+            self.gradients.forget()
             self.model.after_skip()
             state.non_finite += 1
             state.non_finite_in_a_row += 1
@@ -197,33 +200,44 @@ class Trainer:
                 self.model.after_skip()
                 state.skipped += 1
             else:
-                metrics |= self._update(norm)
-        state.scaler.update()
+                metrics = metrics | self._update(norm)
         state.step += 1
         state.images_seen += self.images_per_step
         return metrics | {"gradient_norm": norm}
 
-    def _accumulate_gradients(self) -> Metrics:
-        """Gradients of the mean loss of the micro-batches; ranks exchange them once, with the last one."""
-        total: Metrics = {}
-        for micro in range(self.accumulation):
-            self.batch = next(self.batches)
-            with self._without_exchange() if micro < self.accumulation - 1 else nullcontext():
-                loss, metrics = self._loss(self.parallel)
-                self.state.scaler.scale(loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
-            total = {name: total.get(name, 0) + value / self.accumulation for name, value in metrics.items()}
-        return total
+    def _accumulate_gradients(self) -> tuple[Metrics, Tensor]:
+        """Metrics of the micro-batches of an update, and the norm of its gradients, which the parameters then have."""
+        return self.gradients(self._next_pass() for _ in range(self.accumulation))
 
-    def _loss(self, model: nn.Module) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of the current micro-batch; the draws are keyed on its images' numbers."""
-        state, indices = self.state, self.batch.indices
-        noise = training_noise(self.model, indices, self.seed)
-        labels = (self.batch.labels,) if self.model.config.classes else ()
-        kept = {} if self.batch.codes is None else {"codes": self.batch.codes}
+    def _next_pass(self) -> Pass:
+        progress = self.state.step / self.total_steps
+        self.last = Pass.of(next(self.batches), self.model, self.seed, progress, on_device=self.config.graph)
+        return self.last
+
+    def _gradients(self, passes: Iterable[Pass]) -> tuple[Metrics, Tensor]:
+        """Those of the mean loss, unscaled; ranks exchange them once, with the last pass. Nobody waits for the device.
+
+        What buffers were before is remembered.
+        """
+        state, total = self.state, Metrics()
+        self.buffers.take()
+        state.optimiser.zero_grad()
+        for number, one in enumerate(passes, start=1):
+            with exchanging(self.parallel, now=number == self.accumulation):
+                loss, metrics = self._loss(self.parallel, one)
+                state.scaler.scale(loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
+            total = {name: total.get(name, 0) + value / self.accumulation for name, value in metrics.items()}
+        state.scaler.unscale_(state.optimiser)
+        state.scaler.update()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return total, torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+    def _loss(self, model: nn.Module, one: Pass) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of a pass."""
         with autocast(self.device, self.precision):
-            output: Output = model(self.batch.images, noise, *labels, **kept)
-        loss, metrics = self.model.loss(output, state.step / self.total_steps)
-        if self._logs_at(state.step + 1):
+            output = one.through(model)
+        loss, metrics = self.model.loss(output, one.progress)
+        if self.config.graph or self._logs_at(self.state.step + 1):
             metrics |= group_metrics(output)
         return loss, metrics | {"loss": loss.detach()}
 
@@ -252,10 +266,6 @@ class Trainer:
             state.average.update()
         return metrics
 
-    def _without_exchange(self) -> AbstractContextManager[Any]:
-        """Within, gradients stay on their rank."""
-        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
-
     def _open_stream(self) -> None:
         self.batches = self.stream.batches(self.state.images_seen)
         self.meter.start(self.state.images_seen)
@@ -266,7 +276,7 @@ class Trainer:
         """Goes on from the last checkpoint at half the learning rate. Raises UserError after too many returns."""
         state, config = self.state, self.config
         if state.returns == config.return_limit:
-            first = first_non_finite(self.model, self.batch.images, lambda: self._loss(self.model)[0])
+            first = first_non_finite(self.model, self.last.images, lambda: self._loss(self.model, self.last)[0])
             raise UserError(
                 f"step {state.step}: the loss or gradients stay non-finite after {state.returns} returns to a "
                 f"checkpoint; first to be non-finite: {first}. Lower optim.lr, lengthen optim.warmup_epochs, clip with "
@@ -278,6 +288,7 @@ class Trainer:
         failed_at, non_finite = state.step, state.non_finite
         returns, factor = state.returns + 1, state.lr_factor / 2
         state.load_state_dict(content)
+        self.gradients.forget()
         state.returns, state.lr_factor, state.non_finite, state.non_finite_in_a_row = returns, factor, non_finite, 0
         self.tracker.rewind(state.step, state.log_lines)
         self.tracker.scalars(state.step, {"returned_from": failed_at, "returns": returns, "lr_factor": factor})

@@ -19,13 +19,16 @@ from places import ROOT
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.cpp_extension import include_paths, library_paths
+from torch.utils.flop_counter import flop_registry
 
 from nvae.kernels import fusion, operations
 
 GPU = torch.device("cuda", 0)
 SHIM = Path(__file__).with_name("no_context.cpp")
+PEAK, BANDWIDTH = 312e12, 2.039e12
+"""An A100's FLOP/s and bytes/s, by its data sheet."""
 TENSORS_A_LAUNCH = 50
 """Of an operator on lists of tensors."""
 PASSES = {
@@ -80,7 +83,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     patch.setattr("nvae.core.randomness.generator", lambda *key: None)
     patch.setattr(torch.nn.Module, "to", lambda module, *place: module)  # it is made where it shall be
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with operations.using("auto"), FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
@@ -96,6 +99,8 @@ class Trace(TorchDispatchMode):
         """Kernels, by operator."""
         self.moved: Counter[str] = Counter()
         """Bytes read and written, by operator."""
+        self.seconds = 0.0
+        """The least that an A100 needs: for each operator its memory's or its products' in fp16."""
         self.waits: Counter[str] = Counter()
         """What the host waits for: reads of the device, and copies from or to memory that is not pinned."""
         self.mixed: Counter[str] = Counter()
@@ -124,7 +129,7 @@ class Trace(TorchDispatchMode):
                 self._between_devices(name, args, kwargs or {}, results)
             if any(tensor.is_cuda for tensor in given + results):
                 written = [args[0]] if func._schema.is_mutable and isinstance(args[0], Tensor) else results
-                self._count(name, _launches(name, args), given + written)
+                self._count(name, _launches(name, args), given + written, _products(func, args, kwargs or {}, made))
         return made
 
     def _passed(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -137,9 +142,11 @@ class Trace(TorchDispatchMode):
             self._count(name, PASSES.get(name, 1), _tensors((args, made)))
         return made
 
-    def _count(self, name: str, launches: int, tensors: Iterable[Tensor]) -> None:
+    def _count(self, name: str, launches: int, tensors: Iterable[Tensor], products: int = 0) -> None:
+        moved = sum(map(_size, tensors))
         self.launches[name] += launches
-        self.moved[name] += sum(map(_size, tensors))
+        self.moved[name] += moved
+        self.seconds += max(moved / BANDWIDTH, products / PEAK)
 
     def _between_devices(self, name: str, args: Any, kwargs: Any, results: list[Tensor]) -> None:
         if name not in COPIES:
@@ -149,6 +156,31 @@ class Trace(TorchDispatchMode):
         asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
         if not (asynchronous and any(source is tensor for tensor in self._pinned)):
             self.waits[f"copy from {source.device.type} at {_asked_at()}"] += 1
+
+
+class Script(TorchDispatchMode):
+    """Within, writes down what is asked of a GPU, word for word: operators and what they are given, but for numbers
+    in tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.between_devices: list[str] = []
+        """Copies, which a replay would make from memory that holds something else by then."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = _tensors((args, kwargs or {}, made))
+        if any(tensor.is_cuda for tensor in tensors) and func.namespace != "prim":
+            told = tree_map_only(Tensor, _told, (args, kwargs or {}))
+            self.lines.append(f"{func} {told}")
+            if func._schema.name.partition("::")[2] in COPIES and not all(tensor.is_cuda for tensor in tensors):
+                self.between_devices.append(f"{self.lines[-1]} at {_asked_at()}")
+        return made
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} on {tensor.device.type}"
 
 
 def _worth_compiling(x: Tensor, least: int | None, few: bool) -> bool:
@@ -164,6 +196,12 @@ def _launches(name: str, args: Any) -> int:
     lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor)]
     listed = name.startswith(("_foreach", "_fused", "_amp_foreach")) and lists
     return -(-len(lists[0]) // TENSORS_A_LAUNCH) if listed else 1
+
+
+def _products(func: Any, args: Any, kwargs: Any, made: Any) -> int:
+    """FLOP of PyTorch's convolutions and matrix products; those of others are few."""
+    counted = flop_registry.get(func._overloadpacket)
+    return 0 if counted is None else int(counted(*args, **kwargs, out_val=made))
 
 
 def _size(tensor: Tensor) -> int:

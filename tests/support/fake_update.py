@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from fake_gpu import GPU, Trace, fake_gpu
+from fake_gpu import GPU, Script, Trace, fake_gpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nvae.bricks.regularizers import SpectralPenalty
@@ -55,36 +55,50 @@ def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1,
     return trace
 
 
+def traced_gradients(config: AnyRunConfig, precision: Precision, *steps: int) -> tuple[Trace, list[Script]]:
+    """What the part of an update that `train.graph` records asks of a GPU, at each of some steps of a run."""
+    scripts = [Script() for _ in steps]
+    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch):
+        run = _trainer(config, precision, 1)
+        trace = Trace(patch)
+        for step, script in zip(steps, scripts, strict=True):
+            run.state.step = step
+            with trace:
+                passes = [run._next_pass()]
+                with script:
+                    run._gradients(passes)
+    return trace, scripts
+
+
 @dataclass(frozen=True)
 class Readiness:
     """When a rank's gradients are complete in its backward pass."""
 
-    gradients: list[tuple[int, int]]
-    """Bytes that the pass has moved by then, and how many numbers there are of a parameter."""
-    moved: int
-    """Bytes in all."""
+    gradients: list[tuple[float, int]]
+    """Seconds that the pass has taken by then, and how many numbers there are of a parameter."""
+    seconds: float
+    """In all."""
 
     def after(self, share: float) -> float:
-        """The share of all numbers that is complete when the pass has moved that share of its bytes."""
-        ready = sum(numbers for moved, numbers in self.gradients if moved <= share * self.moved)
+        """The share of all numbers that is complete after a share of the pass's time."""
+        ready = sum(numbers for seconds, numbers in self.gradients if seconds <= share * self.seconds)
         return ready / sum(numbers for _, numbers in self.gradients)
 
 
 def readiness(config: AnyRunConfig, *, world: int) -> Readiness:
-    """That of a run in fp16, of the first of its ranks."""
+    """That of a run in fp16, of the first of its ranks, on GPUs that reach their peaks."""
     with pytest.MonkeyPatch.context() as patch, ranks(world), fake_gpu(patch):
         patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
         run = _trainer(config, "fp16", 1)
         trace = Trace(patch)
-        found: list[tuple[int, int]] = []
+        found: list[tuple[float, int]] = []
         for parameter in run.parameters:
-            parameter.register_post_accumulate_grad_hook(lambda p: found.append((trace.moved.total(), p.numel())))
+            parameter.register_post_accumulate_grad_hook(lambda p: found.append((trace.seconds, p.numel())))
         with trace:
-            run.batch = next(run.batches)
-            loss, _ = run._loss(run.parallel)
-            start = trace.moved.total()
+            loss, _ = run._loss(run.parallel, run._next_pass())
+            start = trace.seconds
             loss.backward()
-    return Readiness([(moved - start, numbers) for moved, numbers in found], trace.moved.total() - start)
+    return Readiness([(seconds - start, numbers) for seconds, numbers in found], trace.seconds - start)
 
 
 def _trainer(config: AnyRunConfig, precision: Precision, accumulation: int) -> Trainer:

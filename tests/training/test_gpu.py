@@ -10,6 +10,7 @@ from processes import start_ranks
 from tiny_run import EVERY_BRICK, checkpoint, column, differences, tiny_run, train_in
 
 from nvae.core import distributed
+from nvae.training.graph import WARM_UP
 
 pytestmark = pytest.mark.gpu
 
@@ -66,6 +67,13 @@ def test_a_deterministic_run_repeats_bit_for_bit(tmp_path: Path, losses: Losses)
     assert first == second
     weights = (checkpoint(tmp_path / name / "tiny")["model"] for name in ("first", "second"))
     assert differences(*weights) == []
+
+
+def test_replayed_updates_are_those_of_others_bit_for_bit(tmp_path: Path, losses: Losses) -> None:
+    same = ("train.deterministic=true", f"train.steps={WARM_UP + 3}")
+    assert losses("replayed", "train.graph=true", *same) == losses("plain", *same)
+    found = (checkpoint(tmp_path / name / "tiny") for name in ("replayed", "plain"))
+    assert differences(*(content["model"] for content in found)) == []
 
 
 def test_the_log_has_reserved_memory_and_the_profile_has_kernels(tmp_path: Path) -> None:

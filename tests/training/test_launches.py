@@ -16,7 +16,7 @@ SHALLOW = ("model.groups=6",)
 """Of CIFAR-10's 30 groups."""
 NORMS = 76
 """Batch norms of these."""
-WEIGHTS_IN_STAGES = 1_000
+WEIGHTS_IN_STAGES = 250
 """Launches for making weights not all at once, but as the pass gets to them."""
 
 
@@ -43,9 +43,9 @@ def progress() -> Readiness:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "launches", "gib"),
     [
-        pytest.param("cifar10", SHALLOW, 3_600, 25, marks=pytest.mark.slow, id="cifar10 of six groups"),
-        pytest.param("cifar10", (), 11_700, 111, marks=pytest.mark.full, id="cifar10"),
-        pytest.param("ffhq_256", (), 18_400, 243, marks=pytest.mark.full, id="ffhq_256"),
+        pytest.param("cifar10", SHALLOW, 3_300, 23, marks=pytest.mark.slow, id="cifar10 of six groups"),
+        pytest.param("cifar10", (), 11_400, 101, marks=pytest.mark.full, id="cifar10"),
+        pytest.param("ffhq_256", (), 17_600, 217, marks=pytest.mark.full, id="ffhq_256"),
     ],
 )
 def test_an_update_stays_within_its_budget(recipe: str, overrides: tuple[str, ...], launches: int, gib: int) -> None:
@@ -63,7 +63,7 @@ def test_statistics_over_ranks_cost_a_collective_each_way_and_nothing_else() -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "ready"), [(0.75, 0.4), (0.8, 0.55), (0.9, 0.75)])
+@pytest.mark.parametrize(("share", "ready"), [(0.75, 0.54), (0.8, 0.68), (0.9, 0.86), (0.95, 0.95)])
 def test_gradients_are_ready_for_other_ranks_during_the_backward_pass(share: float, ready: float) -> None:
-    """The last fifth of it is the way up, where more than half of the weights are."""
+    """By the time that an A100 at its peaks takes; the last third of it is the way up, where most weights are."""
     assert progress().after(share) >= ready

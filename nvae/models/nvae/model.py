@@ -23,14 +23,14 @@ from ...bricks.normalisation import BatchNorm, advancing_together
 from ...bricks.recomputation import Recomputable
 from ...bricks.regularizers import SpectralPenalty, batch_norm_penalty
 from ...kernels.operations import memory_format
-from ..base import FirstImages, Metrics, Noise, Output, Recomputation, TopDown
+from ..base import FirstImages, Metrics, Noise, Output, Progress, Recomputation, TopDown
 from ..config import ModelConfig
 from ..hierarchy import EncodedImages, Hierarchy
 from .config import NVAEConfig
-from .objective import balance_factors, balance_weights, balanced_kl, kl_coefficient, spectral_weight
+from .objective import balance_factors, balance_weights, balanced_kl, in_warm_up, kl_coefficient, spectral_weight
 
-STAGES = 3
-"""Of each way of a pass, up and down. Ranks exchange a stage's gradients as soon as the backward pass has left it."""
+UP, DOWN = 10, 2
+"""Stages of either way of a pass. Ranks exchange a stage's gradients as soon as the backward pass has left it."""
 
 
 @dataclass
@@ -107,6 +107,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     config_type: ClassVar[type[ModelConfig]] = NVAEConfig
     started: Tensor
+    _balance_factors: Tensor
 
     def __init__(self, config: NVAEConfig) -> None:
         super().__init__(config)
@@ -150,6 +151,8 @@ class NVAE(Hierarchy[NVAEConfig]):
         # False until `begin` has set what starts from data.
         self.register_buffer("started", torch.tensor(not architecture.starts_from_data))
         self.recompute = False
+        factors = balance_factors([top - level for level in levels], self.first_state.device)
+        self.register_buffer("_balance_factors", factors, persistent=False)
 
         # Where labels enter: where the prior begins, and where the decoder does.
         self.class_prior: ClassVectors | None = None
@@ -197,26 +200,28 @@ class NVAE(Hierarchy[NVAEConfig]):
         size, latent = self.config.image_size, self.config.latent_channels
         return [(n, latent, size // 2**level, size // 2**level) for level in self.config.levels]
 
-    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+    def loss(self, output: Output, progress: Progress) -> tuple[Tensor, Metrics]:
         """Mean over the batch of reconstruction + balanced KL, plus λ (Σ σ_max + Σ max|γ|), in nats (spec §5)."""
-        objective = self.config.objective
+        objective, groups = self.config.objective, len(self.groups)
         coefficient = kl_coefficient(progress, objective)
         lam = spectral_weight(coefficient, objective)
-        balances = objective.kl_balance and coefficient < 1
-        weights = balance_weights(output.kl, self.balance_factors(output.kl.device)) if balances else None
+        weights = torch.ones(groups, device=output.kl.device)
+        if objective.kl_balance and (isinstance(coefficient, Tensor) or coefficient < 1):
+            weights = in_warm_up(balance_weights(output.kl, self.balance_factors(output.kl.device)), coefficient)
         kl = objective.kl_weight * balanced_kl(output.kl, coefficient, weights)
         loss = (output.reconstruction + kl).mean()
         metrics = {
             "nelbo": (output.reconstruction + output.kl.sum(1)).mean().detach(),
             "reconstruction": output.reconstruction.mean().detach(),
             "kl": output.kl.sum(1).mean().detach(),
-            "kl_coefficient": torch.tensor(coefficient),
-            "kl_group_coefficient": coefficient * (torch.ones(len(self.groups)) if weights is None else weights),
-            "spectral_weight": torch.tensor(lam),
+            "kl_coefficient": torch.as_tensor(coefficient),
+            "kl_group_coefficient": coefficient * weights,
+            "spectral_weight": torch.as_tensor(lam),
         }
-        if lam > 0:
+        if objective.spectral > 0:
             spectral, scales = self.spectral(self.weights.matrices), self.batch_norm_penalty()
-            loss = loss + lam * (spectral + scales)
+            penalty = spectral + scales
+            loss = loss + (lam.to(penalty) if isinstance(lam, Tensor) else lam) * penalty
             metrics |= {"spectral": spectral.detach(), "batch_norm_scales": scales.detach()}
         return loss, metrics
 
@@ -298,7 +303,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def likelihood(self, state: Tensor) -> Likelihood:
         """p(x | z) from the state after the last group."""
-        self.weights.reach(2 * STAGES - 1)
+        self.weights.reach(UP + DOWN - 1)
         params = self.head(self.postprocess(state), "elu")
         config = self.config.likelihood
         return LIKELIHOODS[config.kind](params, config, self.config.image_channels, recompute=self.recompute)
@@ -307,14 +312,14 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def _stages_of(self, g: int) -> tuple[int, int]:
         """Those in which a pass gets to group g on its way up and on its way down."""
-        part = g * STAGES // len(self.groups)
-        return STAGES - 1 - part, STAGES + part
+        share = g / len(self.groups)
+        return UP - 1 - int(share * UP), UP + int(share * DOWN)
 
     def _stages(self) -> list[list[nn.Module]]:
         """What a pass gets to in each."""
-        stages: list[list[nn.Module]] = [[] for _ in range(2 * STAGES)]
+        stages: list[list[nn.Module]] = [[] for _ in range(UP + DOWN)]
         stages[0] += [self.stem, self.preprocess]
-        stages[STAGES - 1].append(self.top)
+        stages[UP - 1].append(self.top)
         stages[-1] += [self.postprocess, self.head]
         for g, group in enumerate(self.latent_groups):
             up, down = self._stages_of(g)
@@ -333,8 +338,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def balance_factors(self, device: torch.device) -> Tensor:
         """α of each group, (G,)."""
-        scales = [self.config.levels[0] - level for level in self.config.levels]
-        return balance_factors(scales, device)
+        return self._balance_factors.to(device)
 
 
 def _group(config: NVAEConfig, level: int, *, first: bool) -> LatentGroup:

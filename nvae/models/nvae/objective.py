@@ -14,6 +14,9 @@ from ...core.config import Config
 from ...core.devices import sent
 from ...core.distributed import all_mean
 
+Number = float | Tensor
+"""One of the host's, or a 0-d tensor, which the host does not read."""
+
 
 class ObjectiveConfig(Config):
     kl_warmup: float = Field(0.3, ge=0, le=1)
@@ -38,18 +41,22 @@ class ObjectiveConfig(Config):
         return found if self.spectral else {"spectral_start": "there are no penalties", **found}
 
 
-def kl_coefficient(progress: float, config: ObjectiveConfig) -> float:
+def kl_coefficient(progress: Number, config: ObjectiveConfig) -> Number:
     """clip((p − p₀)/w, min, 1) at the fraction p of training done, w the warm-up and p₀ the constant part (spec §5)."""
     if config.kl_warmup == 0:
-        return 1.0
-    return min(max((progress - config.kl_constant) / config.kl_warmup, config.kl_min), 1.0)
+        return progress * 0 + 1
+    coefficient = (progress - config.kl_constant) / config.kl_warmup
+    if isinstance(coefficient, Tensor):
+        return coefficient.clamp(config.kl_min, 1.0)
+    return min(max(coefficient, config.kl_min), 1.0)
 
 
-def spectral_weight(coefficient: float, config: ObjectiveConfig) -> float:
+def spectral_weight(coefficient: Number, config: ObjectiveConfig) -> Number:
     """λ at a KL coefficient c: exp((1−c)·ln λ₀ + c·ln λ), or λ when it is fixed (spec §5)."""
     if config.spectral_start is None or config.spectral == 0:
-        return config.spectral
-    return math.exp((1 - coefficient) * math.log(config.spectral_start) + coefficient * math.log(config.spectral))
+        return coefficient * 0 + config.spectral
+    log = (1 - coefficient) * math.log(config.spectral_start) + coefficient * math.log(config.spectral)
+    return log.exp() if isinstance(log, Tensor) else math.exp(log)
 
 
 def balance_factors(scales: Sequence[int], device: torch.device) -> Tensor:
@@ -68,8 +75,16 @@ def balance_weights(kl: Tensor, factors: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-def balanced_kl(kl: Tensor, coefficient: float, weights: Tensor | None) -> Tensor:
+def balanced_kl(kl: Tensor, coefficient: Number, weights: Tensor | None) -> Tensor:
     """coefficient · Σ_g w_g KL_g, (B,) nats, from KL (B, G); without weights, or from coefficient 1 on, a plain sum."""
-    if coefficient < 1 and weights is not None:
-        kl = kl * weights
+    if weights is not None:
+        kl = kl * in_warm_up(weights, coefficient)
     return coefficient * kl.sum(1)
+
+
+def in_warm_up(weights: Tensor, coefficient: Number) -> Tensor:
+    """The weights while the coefficient is below 1, then ones."""
+    below = coefficient < 1
+    if isinstance(below, Tensor):
+        return torch.where(below, weights, 1.0)
+    return weights if below else torch.ones_like(weights)

@@ -22,7 +22,7 @@ from ...bricks.recomputation import Recomputable
 from ...core.precision import at_least_float32
 from ...kernels.activations import ACTIVATIONS
 from ...kernels.convolution import Geometry, for_autocast
-from ..base import FirstImages, Metrics, Noise, Output, Recomputation, TopDown
+from ..base import FirstImages, Metrics, Noise, Output, Progress, Recomputation, TopDown
 from ..config import ModelConfig
 from ..hierarchy import EncodedImages, Hierarchy
 from .config import Layer, VDVAEConfig
@@ -297,7 +297,7 @@ class VDVAE(Hierarchy[VDVAEConfig]):
         """(n, Z, R, R) of each block, top-down."""
         return [(n, block.latent_channels, block.resolution, block.resolution) for block in self.latent_blocks]
 
-    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+    def loss(self, output: Output, progress: Progress) -> tuple[Tensor, Metrics]:
         """Mean over the batch of the negative ELBO in nats per dimension (spec_vdvae, Data and loss)."""
         kl = output.kl.sum(1)
         nelbo = output.reconstruction + kl

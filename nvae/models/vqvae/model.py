@@ -31,6 +31,7 @@ from ..base import (
     Metrics,
     Noise,
     Output,
+    Progress,
     Recomputation,
     Temperature,
     temperatures,
@@ -156,7 +157,7 @@ class VQVAE(Family[VQVAEConfig]):
         with exact_products(x.device):
             return [quantised.indices for quantised in self.network.quantise(self.encode(x).encoded)]
 
-    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+    def loss(self, output: Output, progress: Progress) -> tuple[Tensor, Metrics]:
         """Distortion per dimension, commitment times β, and the codebooks' term where they learn by gradient (§3)."""
         assert isinstance(output, QuantisedOutput)
         commitment = torch.stack([quantised.commitment for quantised in output.quantised]).sum()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...bricks.labels import partly_unknown
 from ...bricks.likelihoods import Likelihood
 from ...bricks.quantiser import Quantised, Quantiser, exact_products, squared_distances
-from ...core.devices import sent
 from ...core.errors import UserError
 from ...core.precision import in_float64
 from ..base import (
@@ -26,6 +25,7 @@ from ..base import (
     Metrics,
     Noise,
     Output,
+    Progress,
     Recomputation,
     Temperature,
     temperatures,
@@ -45,6 +45,8 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
 
     config_type: ClassVar[type[ModelConfig]] = VQVAEPriorConfig
     latent_kind: ClassVar[LatentKind] = "discrete"
+    sizes: Tensor
+    """(L,), the number of each level's codes."""
     spread: Tensor
     """(L,), the mean squared distance of each level's vectors from their codes, of the first images."""
 
@@ -67,6 +69,8 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             }
         )
         self.register_buffer("spread", torch.ones(len(maps)))
+        sizes = torch.tensor([float(shape.height * shape.width) for shape in maps])
+        self.register_buffer("sizes", sizes, persistent=False)
         self.first.requires_grad_(False)
         if config.train_decoder:
             for part in self.first.network.decoding():
@@ -203,13 +207,12 @@ class VQVAEPrior(Family[VQVAEPriorConfig]):
             model.priors[str(level)].load_state_dict(named[name].priors[str(level)].state_dict())
         return model.eval()
 
-    def loss(self, output: Output, progress: float) -> tuple[Tensor, Metrics]:
+    def loss(self, output: Output, progress: Progress) -> tuple[Tensor, Metrics]:
         """Nats a code, summed over the levels, whose priors learn apart from each other (§4).
 
         Where codes are drawn they are of the KL, which differs from the rate by what no weight can change.
         """
-        codes = torch.tensor([shape.height * shape.width for shape in self.first.config.maps], dtype=output.kl.dtype)
-        per_code = output.kl.mean(0) / sent(codes, output.kl.device)
+        per_code = output.kl.mean(0) / self.sizes
         loss = per_code.sum()
         if self.config.train_decoder:
             loss = loss + output.reconstruction.mean() / output.likelihood.dims / self.first.config.variance
