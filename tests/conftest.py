@@ -10,6 +10,7 @@ from kinds import KINDS, SMALL
 from places import SHARED
 
 from nvae.core.config import validate
+from nvae.kernels.operations import use
 from nvae.models.nvae.config import NVAEConfig
 
 
@@ -32,9 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same random numbers."""
+def begun_alike() -> None:
+    """Every test starts from the same random numbers and computes as fast as can be, whatever the last one chose."""
     torch.manual_seed(0)
+    use("auto")
 
 
 @pytest.fixture

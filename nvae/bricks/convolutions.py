@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H W space; O outputs, R = C/groups · kh · kw of a
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,48 +18,22 @@ from torch import Tensor, nn
 from ..core.distributed import is_distributed
 from ..kernels.activations import ACTIVATIONS, Activation
 from ..kernels.convolution import Geometry, for_autocast
-from ..kernels.fusion import fused
 from ..kernels.operations import operation
 
 
+def _matrices(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Two of three rows, of which one has nothing but zeros."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3, 5, generator=generator)
+    weight[1, 2] = 0
+    yield weight.to(device, dtype), torch.randn(2, 3, 1, generator=generator).to(device, dtype)
+
+
+@operation(_matrices)
 def weight_norm(weight: Tensor, log_gain: Tensor) -> Tensor:
     """exp(g) · v / (‖v‖₂ + 1e-5), the norm over the last axis (spec §1). weight (…, O, R), log_gain (…, O, 1)."""
-    return cast(Tensor, _WeightNorm.apply(weight, log_gain))
-
-
-class _WeightNorm(torch.autograd.Function):
-    """One pass over the weights each way, where PyTorch makes some twenty."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_gain: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, log_gain)
-        return _normalised(weight, log_gain)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return _normalised_backward(*gradients, *ctx.saved_tensors)
-
-
-def _first_rows(*args: Tensor) -> tuple[Tensor, ...]:
-    """Some of every matrix."""
-    return tuple(arg[..., :8, :] for arg in args)
-
-
-@fused(dynamic=True, few=True, small=_first_rows)
-def _normalised(weight: Tensor, log_gain: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
     return log_gain.exp() * weight / (norm + 1e-5)
-
-
-@fused(dynamic=True, few=True, small=_first_rows)
-def _normalised_backward(gradient: Tensor, weight: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of v and g, from that of g's exponential times v over its norm n + 1e-5; dn/dv is v/n, 0 at 0."""
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
-    gain, below = log_gain.exp(), norm + 1e-5
-    of_product = gradient / below
-    of_norm = (-gradient * ((gain * weight / below) / below)).sum(-1, keepdim=True)
-    of_gain = (of_product * weight).sum(-1, keepdim=True)
-    return of_product * gain + of_norm * (weight / norm).masked_fill(norm == 0, 0), of_gain * gain
 
 
 def _convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -255,10 +229,10 @@ class EffectiveWeights:
         """Casts the biases of convolutions of one shape where autocast is on, which would cast each at its use."""
         biases: list[Tensor] = [convolution.bias for convolution in convolutions if convolution.bias is not None]
         if not biases or not torch.is_autocast_enabled(biases[0].device.type):
-            made: Iterable[Tensor | None] = [None] * len(convolutions)
+            cast: Iterable[Tensor | None] = [None] * len(convolutions)
         else:
-            made = for_autocast(torch.stack(biases)).unbind()
-        for convolution, bias in zip(convolutions, made, strict=True):
+            cast = for_autocast(torch.stack(biases)).unbind()
+        for convolution, bias in zip(convolutions, cast, strict=True):
             convolution._cast_bias = bias
 
     @staticmethod

@@ -30,6 +30,7 @@ Examples = Callable[[torch.device, torch.dtype], Iterator[tuple[Any, ...]]]
 Implementation = Callable[..., Any]
 
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "weight_norm": {"cpu": ("weight_norm:weight_norm",), "cuda": ("weight_norm:weight_norm",)},
     "convolution": {"cpu": ("convolution:convolution",), "cuda": ("convolution:convolution",)},
     "batch_norm": {"cpu": ("batch_norm:batch_norm",), "cuda": ("batch_norm:batch_norm",)},
     "batch_norm_fixed": {"cpu": ("batch_norm:batch_norm_fixed",), "cuda": ("batch_norm:batch_norm_fixed",)},
