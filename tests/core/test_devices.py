@@ -87,6 +87,7 @@ HAS_FLOAT64 = {
     "kernels/triton/depthwise.py": "CUDA",
     "models/vdvae/standardisation.py": "sums on the CPU",
     "training/optim.py": "norms on the CPU",
+    "training/passes.py": "CUDA, whose graphs it is for",
 }
 """Files that may name float64, and where it is that they compute."""
 
