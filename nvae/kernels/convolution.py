@@ -132,11 +132,11 @@ class General:
 
 
 class Pointwise(General):
-    """Gradients as products of matrices, with pixels as rows."""
+    """Gradients as products of matrices, with pixels as rows; on a CPU autograd takes them so, too."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         """(B, C, H, W) -> (B, O, H, W)."""
-        if not torch.is_grad_enabled():
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
             return super().forward(x, weight, bias, geometry)
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
