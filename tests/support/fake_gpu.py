@@ -83,7 +83,8 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     patch.setattr("nvae.core.randomness.generator", lambda *key: None)
     patch.setattr(torch.nn.Module, "to", lambda module, *place: module)  # it is made where it shall be
-    with operations.using("auto"), FakeTensorMode(allow_non_fake_inputs=True):
+    here = torch.autograd.set_multithreading_enabled(False)  # a device that is not there has no thread for gradients
+    with operations.using("auto"), here, FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
