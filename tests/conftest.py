@@ -10,6 +10,7 @@ from kinds import KINDS, SMALL
 from places import SHARED
 
 from nvae.core.config import validate
+from nvae.kernels import fusion
 from nvae.kernels.operations import use
 from nvae.models.nvae.config import NVAEConfig
 
@@ -37,6 +38,13 @@ def begun_alike() -> None:
     """Every test starts from the same random numbers and computes as fast as can be, whatever the last one chose."""
     torch.manual_seed(0)
     use("auto")
+
+
+@pytest.fixture
+def passes_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, functions of few numbers are passes at any size; nothing is compiled."""
+    monkeypatch.setattr(fusion, "ANY_SIZE", ())
+    monkeypatch.setattr(fusion, "compiles", lambda device_type: False)
 
 
 @pytest.fixture

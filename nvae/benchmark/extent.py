@@ -66,7 +66,7 @@ def saved_mib_per_image(config: ModelConfig, precision: torch.dtype | None) -> d
     found = {}
     for name, (recompute, mode) in modes.items():
         with using(mode):
-            one, two = (saved_bytes(config, batch, recompute, precision, published=mode == "plain") for batch in (1, 2))
+            one, two = (saved_bytes(config, batch, recompute, precision) for batch in (1, 2))
         found[name] = (two - one) / MIB
     return found
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..bricks.regularizers import SpectralPenalty
+from ..kernels.operations import is_plain
 from ..models.base import Family, Metrics, Output, Recomputation
 from ..models.config import ModelConfig
 from ..models.registry import build
@@ -52,17 +53,15 @@ def saved_bytes(
     batch: int = 1,
     recompute: Recomputation = "none",
     precision: torch.dtype | None = None,
-    *,
-    published: bool = False,
 ) -> int:
     """What autograd saves for the backward pass of a step, by its own account: saved-tensor hooks see each tensor.
 
     A storage counts once; weights and buffers do not. The difference of two batches is what an image takes.
-    `published`: in the arithmetic of the published code, where the family has one of its own.
+    Plainly, it is that of the published arithmetic where the family has one of its own.
     """
     with FakeTensorMode():
         model, images, noise = _inputs(config, batch, recompute)
-        model = as_published(model) if published else model
+        model = as_published(model) if is_plain() else model
         apart = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         saved: dict[int, Tensor] = {}  # by storage; held, lest another storage take its place in memory
 

@@ -6,8 +6,7 @@ backward pass, the states of a pass are made anew at each addition, an evaluatio
 Shapes: B batch, W width and R resolution of a state, Z latent channels.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +14,13 @@ from torch import Tensor
 
 from ..bricks.convolutions import Conv2d
 from ..bricks.latents import Draw, Normal, Score, kl_divergence, score
-from ..bricks.likelihoods import Likelihood, quantise
-from ..models.base import Family, Noise, Output, Temperature
-from ..models.config import ModelConfig
-from ..models.vdvae.config import VDVAEConfig
-from ..models.vdvae.model import VDVAE, Block, Features, LatentBlock
+from ..bricks.likelihoods import quantise
+from ..models.base import Family, TopDown
+from ..models.vdvae.model import VDVAE, Block, Distributions, Features, LatentBlock, TopDownPass
 
 
 class PublishedVDVAE(VDVAE):
     """A Very Deep VAE whose passes are those of the published code."""
-
-    config_type: ClassVar[type[ModelConfig]] = VDVAEConfig
 
     @staticmethod
     def of(model: VDVAE) -> "PublishedVDVAE":
@@ -49,44 +44,38 @@ class PublishedVDVAE(VDVAE):
             taps[state.shape[-1]] = state
         return Features(quantise(x, self.config.likelihood.bits, self.config.likelihood.grid), labels, taps)
 
-    def decode(self, features: Any, noise: Noise | None = None, latents: Sequence[Tensor] | None = None) -> Output:
-        """Draws from the posterior and decodes."""
-        n = len(features.target)
-        states, draws = self.initial_states(n, features.labels), []
-        for block, epsilon in zip(self.latent_blocks, self.noise_for(n, noise), strict=True):
-            x = joined(block, states)
-            q = Normal.from_log_sigma(passed(block.posterior, torch.cat([x, features.taps[block.resolution]], dim=1)))
-            x, p = self._prior(block, x)
-            z = q.draw(epsilon)
-            states[block.resolution] = entered(block, x, z)
-            draws.append(Draw(states[block.resolution], z, self._score(q, p, z), q, p))
-        return Output.of(self.likelihood(states), features.target, draws)
+    def top_down(self, features: Any = None, n: int = 1, labels: Tensor | None = None) -> TopDown:
+        """A pass through the blocks one by one."""
+        return PublishedPass(self, features, n if features is None else len(features.target), labels)
 
-    def sample(
-        self,
-        n: int,
-        temperature: Temperature = 1.0,
-        noise: Noise | None = None,
-        latents: Sequence[Tensor] | None = None,
-        labels: Tensor | None = None,
-    ) -> Likelihood:
-        """From the prior, at one temperature."""
-        assert isinstance(temperature, float)
-        states = self.initial_states(n, labels)
-        for block, epsilon in zip(self.latent_blocks, self.noise_for(n, noise), strict=True):
-            x, p = self._prior(block, joined(block, states), temperature)
-            states[block.resolution] = entered(block, x, p.draw(epsilon))
-        return self.likelihood(states)
 
-    @staticmethod
-    def _prior(block: LatentBlock, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Normal]:
-        """The state with what the prior adds to it, and p(z)."""
+class PublishedPass(TopDownPass):
+    """A pass in which a posterior reads the concatenation of state and tap."""
+
+    def enter(self, z: Tensor) -> None:
+        """The z (n, Z, R, R) of the next block."""
+        block = self._block
+        x = self._before_z().state + convolved(block.project, z)
+        self._go_on(x + passed(block.residual, x))
+
+    def draw(self, noise: Tensor, given: Tensor | None = None) -> Draw:
+        """Everything at the next block."""
+        resolution, q, p = self._block.resolution, self.posterior(), self.prior()
+        z = q.draw(noise) if given is None else given
+        self.enter(z)
+        return Draw(self.states[resolution], z, self._score(q, p, z), q, p)
+
+    def _said_by(self, block: LatentBlock) -> Distributions:
+        x, below, tap = self._inputs
+        x, q = block.joined(x, below), None
+        if tap is not None:
+            q = Normal.from_log_sigma(passed(block.posterior, torch.cat([x, tap], dim=1)))
         raw, h = torch.split(passed(block.prior, x), [2 * block.latent_channels, block.width], dim=1)
-        return x + h, Normal.from_log_sigma(raw, temperature)
+        return Distributions(x + h, raw, q)
 
     def _score(self, q: Normal, p: Normal, z: Tensor) -> Score:
         """In training the KL alone; densities are for importance weights."""
-        if not self.training:
+        if not self.model.training:
             return score(q, p, z, z, closed=True)
         none = z.new_zeros(len(z))
         return Score(kl_divergence(q, p).sum((2, 3)), none, none)
@@ -107,18 +96,3 @@ def passed(block: Block, x: Tensor) -> Tensor:
     for convolution in (block.reduce, block.first, block.second, block.expand):
         x = convolved(convolution, F.gelu(x))
     return x
-
-
-def joined(block: LatentBlock, states: dict[int | None, Tensor]) -> Tensor:
-    """The state (B, W, R, R) of a block, with the one below."""
-    x = states[block.resolution]
-    if block.below is None:
-        return x
-    below = states[block.below][:, : block.width]
-    return x + F.interpolate(below, scale_factor=block.resolution // block.below, mode="nearest")
-
-
-def entered(block: LatentBlock, x: Tensor, z: Tensor) -> Tensor:
-    """The state (B, W, R, R) with z (B, Z, R, R) in it."""
-    x = x + convolved(block.project, z)
-    return x + passed(block.residual, x)

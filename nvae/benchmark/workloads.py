@@ -114,10 +114,9 @@ class Workload:
 
     def training(self, model: Family[Any], way: Way) -> Action:
         """One update."""
-        model = deepcopy(model).train()
+        model = deepcopy(_computed(model, way)).train()
         options = OptimConfig(lr=1e-4)
         if way.plain:
-            model = as_published(model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimiser: torch.optim.Optimizer = torch.optim.Adamax(trained, lr=options.lr, foreach=False)
         else:
@@ -140,7 +139,7 @@ class Workload:
 
     def evaluation(self, model: Family[Any], way: Way) -> Action:
         """The importance-weighted bound of the batch with K samples; plainly, K whole passes."""
-        images, model = self.images, (as_published(model) if way.plain else model).eval()
+        images, model = self.images, _computed(model, way).eval()
 
         @torch.no_grad()
         def passes() -> None:
@@ -160,7 +159,7 @@ class Workload:
 
     def sampling(self, model: Family[Any], way: Way) -> Action:
         """The batch's number of images at temperature 0.7."""
-        model = (as_published(model) if way.plain else model).eval()
+        model = _computed(model, way).eval()
 
         @torch.no_grad()
         def draw() -> None:
@@ -183,6 +182,11 @@ WORK: dict[str, Callable[[Workload, Family[Any], Way], Action]] = {
     "evaluate": Workload.evaluation,
     "sample": Workload.sampling,
 }
+
+
+def _computed(model: Family[Any], way: Way) -> Family[Any]:
+    """The model, or plainly what stands for it."""
+    return as_published(model) if way.plain else model
 
 
 def _inference(model: Family[Any], way: Way) -> Family[Any]:

@@ -116,13 +116,6 @@ def sum_with_each(x: Tensor, y: Tensor) -> Tensor:
     return (torch.unflatten(x, 0, (-1, y.shape[0])) + y).flatten(0, 1)
 
 
-def _raws(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    generator = torch.Generator().manual_seed(0)
-    first, second = (3 * torch.randn(4, 6, 4, 5, generator=generator).to(device, dtype) for _ in range(2))
-    yield (first,), 1.0
-    yield (first, second, second[:2]), 0.7
-
-
 def _log_sigmas(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(4, 6, 4, 5, generator=generator).to(device, dtype)
@@ -135,6 +128,13 @@ def log_sigma_normal(raw: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Mean and sigma of `Normal.from_log_sigma`, float32 or more."""
     mean, log_sigma = at_least_float32(raw).chunk(2, dim=1)
     return mean, log_sigma.exp() * temperature
+
+
+def _raws(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (3 * torch.randn(4, 6, 4, 5, generator=generator).to(device, dtype) for _ in range(2))
+    yield (first,), 1.0
+    yield (first, second, second[:2]), 0.7
 
 
 @operation(_raws)

@@ -68,11 +68,9 @@ def test_an_implementation_for_the_cpu_says_what_the_plain_function_says(name: s
         assert known.problem_of(implementation, CPU, dtype) == ""
 
 
+@pytest.mark.usefixtures("passes_of_any_size")
 @pytest.mark.parametrize("name", [name for name in TABLE if "cpu" in TABLE[name]])
-def test_some_example_is_computed_by_an_implementation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where passes over few numbers pay."""
-    monkeypatch.setattr(fusion, "ANY_SIZE", ())
-    monkeypatch.setattr(fusion, "compiles", lambda device_type: False)
+def test_some_example_is_computed_by_an_implementation(name: str) -> None:
     known = operations._operations[name]
     for implementation in TABLE[name]["cpu"]:
         with torch.no_grad():
@@ -216,7 +214,6 @@ def test_what_cannot_be_built_is_left_to_pytorch(tmp_path: Path) -> None:
 
 
 def test_a_fused_pass_that_differs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvae.kernels import fusion
 
     monkeypatch.setattr(fusion.torch, "compile", lambda function, **_: lambda *args: 1.01 * function(*args))
 

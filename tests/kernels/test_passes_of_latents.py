@@ -10,17 +10,12 @@ from torch.utils._pytree import tree_leaves
 
 from nvae.bricks import latents
 from nvae.bricks.latents import Normal
-from nvae.kernels import fusion
 from nvae.kernels import latents as passes
 
 SHAPE = (3, 4, 5, 2)
 
 
-@pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where these are passes at any size."""
-    monkeypatch.setattr(fusion, "ANY_SIZE", ())
-    monkeypatch.setattr(fusion, "compiles", lambda device_type: False)
+pytestmark = pytest.mark.usefixtures("passes_of_any_size")
 
 
 def assert_same(plain: Callable[..., Any], fast: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -6,12 +6,7 @@ import torch
 from nvae.bricks import convolutions
 from nvae.kernels import fusion, weight_norm
 
-
-@pytest.fixture(autouse=True)
-def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where this is a pass at any size."""
-    monkeypatch.setattr(fusion, "ANY_SIZE", ())
-    monkeypatch.setattr(fusion, "compiles", lambda device_type: False)
+pytestmark = pytest.mark.usefixtures("passes_of_any_size")
 
 
 def test_it_is_the_plain_function_bit_for_bit() -> None:

@@ -185,7 +185,7 @@ def test_a_state_takes_the_first_channels_of_the_one_below_enlarged(model: VDVAE
     assert isinstance(block, LatentBlock) and block.below == 4
     x, below = torch.randn(2, 8, 8, 8), torch.randn(2, 12, 4, 4)
     enlarged = below[:, :8].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert torch.equal(block._joined(x, below), x + enlarged)
+    assert torch.equal(block.joined(x, below), x + enlarged)
 
 
 def test_kl_and_densities_are_those_of_normal_distributions(model: VDVAE, image: Tensor) -> None:

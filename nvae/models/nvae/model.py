@@ -202,12 +202,12 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def loss(self, output: Output, progress: Progress) -> tuple[Tensor, Metrics]:
         """Mean over the batch of reconstruction + balanced KL, plus λ (Σ σ_max + Σ max|γ|), in nats (spec §5)."""
-        objective, groups = self.config.objective, len(self.groups)
+        objective = self.config.objective
         coefficient = kl_coefficient(progress, objective)
         lam = spectral_weight(coefficient, objective)
-        weights = torch.ones(groups, device=output.kl.device)
-        if objective.kl_balance and (isinstance(coefficient, Tensor) or coefficient < 1):
-            weights = in_warm_up(balance_weights(output.kl, self.balance_factors(output.kl.device)), coefficient)
+        balances = objective.kl_balance and (isinstance(coefficient, Tensor) or coefficient < 1)
+        weights = balance_weights(output.kl, self.balance_factors(output.kl.device)) if balances else None
+        even = torch.ones(len(self.groups), device=output.kl.device)
         kl = objective.kl_weight * balanced_kl(output.kl, coefficient, weights)
         loss = (output.reconstruction + kl).mean()
         metrics = {
@@ -215,7 +215,7 @@ class NVAE(Hierarchy[NVAEConfig]):
             "reconstruction": output.reconstruction.mean().detach(),
             "kl": output.kl.sum(1).mean().detach(),
             "kl_coefficient": torch.as_tensor(coefficient),
-            "kl_group_coefficient": coefficient * weights,
+            "kl_group_coefficient": coefficient * (even if weights is None else in_warm_up(weights, coefficient)),
             "spectral_weight": torch.as_tensor(lam),
         }
         if objective.spectral > 0:

@@ -136,7 +136,7 @@ class LatentBlock(Recomputable):
 
     def distributions(self, x: Tensor, below: Tensor | None, tap: Tensor | None) -> Distributions:
         """Before the z; x and below as for `forward`, without a tap there is no posterior."""
-        x, q = self._joined(x, below), None
+        x, q = self.joined(x, below), None
         if tap is None:
             raw = self.prior(x)
         else:
@@ -151,7 +151,7 @@ class LatentBlock(Recomputable):
         x = added(self.project(z), x)
         return added(self.residual(x), x)
 
-    def _joined(self, x: Tensor, below: Tensor | None) -> Tensor:
+    def joined(self, x: Tensor, below: Tensor | None) -> Tensor:
         """The state after the first channels of the one below, enlarged, were added."""
         if below is None:
             return x
@@ -233,8 +233,11 @@ class TopDownPass(TopDown):
 
     def _before_z(self) -> Distributions:
         if self._distributions is None:
-            self._distributions = self._block.distributions(*self._inputs)
+            self._distributions = self._said_by(self._block)
         return self._distributions
+
+    def _said_by(self, block: LatentBlock) -> Distributions:
+        return block.distributions(*self._inputs)
 
     def _go_on(self, state: Tensor) -> None:
         self.states[self._block.resolution] = state
