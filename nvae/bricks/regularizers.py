@@ -38,12 +38,15 @@ class SpectralPenalty(nn.Module):
         iterations = self.iterations if self._has_started() else self.first_iterations
         device = next(iter(matrices.values())).device
         total = torch.zeros((), device=device)
+        advanced: list[Tensor] = []
         with torch.autocast(device.type, enabled=False):
             for key, matrix in matrices.items():
-                u = self.get_buffer(f"u_{key}")
-                v = _iterate(matrix, u, iterations)
+                u, v = _iterate(matrix, self.get_buffer(f"u_{key}"), iterations)
+                advanced.append(u)
                 # uᵀ W v with u and v held fixed: its derivative by W is u vᵀ.
-                total = total + (u[:, None].clone() @ matrix @ v[:, :, None]).sum()
+                total = total + (u[:, None] @ matrix @ v[:, :, None]).sum()
+            with torch.no_grad():
+                torch._foreach_copy_([self.get_buffer(f"u_{key}") for key in matrices], advanced)
         self._started = True
         return total
 
@@ -62,12 +65,12 @@ class SpectralPenalty(nn.Module):
 
 
 @torch.no_grad()
-def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
-    """Power iterations v ← Wᵀ u, u ← W v, normalised; u (N, O) in place, returns v (N, R)."""
+def _iterate(matrix: Tensor, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Power iterations v ← Wᵀ u, u ← W v, normalised; u (N, O) and v (N, R)."""
     for _ in range(iterations):
         v = _directions((u[:, None] @ matrix).squeeze(1))
-        u.copy_(_directions((matrix @ v[:, :, None]).squeeze(2)))
-    return v
+        u = _directions((matrix @ v[:, :, None]).squeeze(2))
+    return u, v
 
 
 @fused(dynamic=True, few=True)

@@ -6,6 +6,7 @@ Importing the compiler takes a second or two, so this file is imported by the fu
 from typing import Any
 
 from torch._dynamo import config, exc
+from torch._functorch import config as gradients
 from torch.fx.experimental import _config as shapes
 
 RECOMPILE_LIMIT = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
@@ -26,6 +27,15 @@ def allow_kinds(kinds: int) -> None:
     """From now on every function may be compiled for so many kinds of calls; one more is an error."""
     setattr(config, RECOMPILE_LIMIT, kinds)
     setattr(config, FAIL_AT_LIMIT, True)
+
+
+def keep_what_is_asked() -> None:
+    """From now on what a backward pass computes again is not taken from the forward pass, where it would be kept.
+
+    The compiler would merge equal expressions of both, and keep x − mean in float32 where a batch norm keeps x in half
+    of its bytes.
+    """
+    gradients.cse = False
 
 
 def compiling_for(kinds: int) -> Any:

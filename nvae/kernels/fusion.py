@@ -32,6 +32,8 @@ KINDS_OF_CALLS = 256
 return to uncompiled code."""
 ANY_SIZE = ("cpu",)
 """Devices where one kernel may serve all sizes."""
+ON_GPUS: dict[str, Any] = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+"""What the compiler is told there: what is needed twice is computed twice, in registers, not written to memory."""
 SMALL = 8
 """Rows and columns of the images that kernels are compared on."""
 
@@ -39,14 +41,18 @@ SMALL = 8
 def compile_each(modules: Iterable[nn.Module]) -> None:
     """Compiles modules one by one; those of one kind and one size share their code. Each size has its own.
 
+    Their backward passes keep what they keep uncompiled.
+
     A module that would need more than `KINDS_OF_CALLS` kinds of code raises an error when it is called.
     """
     from . import dynamo
 
     dynamo.allow_kinds(KINDS_OF_CALLS)
+    dynamo.keep_what_is_asked()
     for module in modules:
-        operations.load_all(next((weight.device.type for weight in module.parameters()), "cpu"))
-        module.compile(dynamic=False)
+        device = next((weight.device.type for weight in module.parameters()), "cpu")
+        operations.load_all(device)
+        module.compile(dynamic=False, options=None if device in ANY_SIZE else ON_GPUS)
 
 
 def cropped(*args: Any) -> Call:
@@ -115,9 +121,15 @@ class _Kernels(Generic[P, R]):
     def of_any_size(self) -> Callable[P, R]:
         return torch.compile(self.function, fullgraph=True, dynamic=True)
 
+    @cached_property
+    def of_gpus(self) -> Callable[P, R]:
+        return torch.compile(self.function, fullgraph=True, dynamic=False, options=ON_GPUS)
+
     def of(self, x: Any) -> Callable[P, R]:
         """For a first argument."""
-        return self.of_any_size if self.dynamic and x.device.type in ANY_SIZE else self.of_one_size
+        if x.device.type not in ANY_SIZE:
+            return self.of_gpus
+        return self.of_any_size if self.dynamic else self.of_one_size
 
     def made(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result, by a kernel that may have to be made. Sizes that happen to be equal are no reason for another."""

@@ -83,37 +83,35 @@ class _Joined(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             ctx.normalised, ctx.over_ranks, ctx.scale, ctx.skip_type = norm is not None, over_ranks, scale, skip.dtype
-            if norm is None:
-                norm = _no_norm(excite_bias)
-            distances, means = _means_of_y(_image_means(x), norm)
+            distances, means = _means_of_y(x, norm, bias)
             hidden = F.relu(F.linear(means, squeeze, squeeze_bias))  # (B, S)
-            gate, factor, offset = _gated(F.linear(hidden, excite, excite_bias), norm, scale)
-            ctx.save_for_backward(x, norm, distances, hidden, gate, squeeze, excite)
-            return _added(skip, x, norm[0], factor, offset)
+            gate, factor, offset = _gated(F.linear(hidden, excite, excite_bias), norm, bias, scale)
+            ctx.save_for_backward(x, norm, bias, distances, hidden, gate, squeeze, excite)
+            return _added(skip, x, norm, factor, offset)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, distances, hidden, gate, squeeze, excite = ctx.saved_tensors
+        x, norm, bias, distances, hidden, gate, squeeze, excite = ctx.saved_tensors
         grad = channels_last(grads[0])
-        pixels = x.shape[2] * x.shape[3]
-        sums = _image_sums(x, grad, norm[0])
-
-        # Through the gate.
-        excite_grad, means = _gate_gradient(sums, norm, gate, distances, ctx.scale)  # (B, C), of its logit
-        squeeze_grad = excite_grad @ excite * (hidden > 0)  # (B, S), before the ReLU
-        mean_grad = squeeze_grad @ squeeze  # (B, C), of the channel means of y
-        gating = squeeze_grad.t() @ means, squeeze_grad.sum(0), excite_grad.t() @ hidden, excite_grad.sum(0)
+        with torch.autocast(x.device.type, enabled=False):
+            # Through the gate.
+            grad_sum, product_sum, excite_grad, means = _gate_gradient(
+                x, grad, norm, bias, gate, distances, ctx.scale
+            )  # (B, C) each
+            squeeze_grad, squeeze_bias_grad = _before_relu(excite_grad @ excite, hidden)  # (B, S)
+            mean_grad = squeeze_grad @ squeeze  # (B, C), of the channel means of y
+            gating = squeeze_grad.t() @ means, squeeze_bias_grad, excite_grad.t() @ hidden, excite_grad.sum(0)
 
         # Through batch norm.
         shares: Tensor | None = None
         normalising: tuple[Tensor | None, ...] = (None, None)
         if ctx.normalised:
-            count = len(x) * pixels * (world_size() if ctx.over_ranks else 1)
-            own, shares = _norm_gradients(sums, norm, gate, distances, mean_grad, ctx.scale, count)
+            count = x.numel() // x.shape[1] * (world_size() if ctx.over_ranks else 1)
+            own, shares = _norm_gradients(grad_sum, product_sum, norm, gate, distances, mean_grad, ctx.scale, count)
             normalising = own[1], own[0]
             shares = summed(shares) if ctx.over_ranks else shares
-        x_grad = _input_gradient(x, grad, norm[0], *_slopes(norm, gate, mean_grad, shares, ctx.scale, pixels))
+        x_grad = _input_gradient(x, grad, norm, gate, mean_grad, shares, ctx.scale)
         return grad.to(ctx.skip_type), x_grad, *normalising, None, None, *gating, None
 
 
@@ -121,90 +119,107 @@ class _Joined(torch.autograd.Function):
 
 
 @fused(dynamic=True, few=True)
-def _no_norm(like: Tensor) -> Tensor:
-    """The coefficients (4, C) of a batch norm that changes nothing."""
-    one = torch.ones_like(like)
-    return torch.stack([0 * one, one, 0 * one, one])
-
-
-@fused(dynamic=True, few=True)
-def _means_of_y(means: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """From the channel means of x: how far they are from the batch's, and those of y; (B, C) each."""
-    mean, gain, offset, _ = norm
-    distances = means - mean
-    return distances, distances * gain + offset
-
-
-@fused(dynamic=True, few=True)
-def _gated(logit: Tensor, norm: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _gated(
+    logit: Tensor, norm: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gate, and what x − mean is multiplied with, and what is added, in scale · gate · y; (B, C) each."""
-    _, gain, offset, _ = norm
     gate = torch.sigmoid(logit)
-    return gate, scale * gate * gain, scale * gate * offset
+    factor = scale * gate
+    return (gate, factor, None) if norm is None or bias is None else (gate, factor * norm[1], factor * bias)
 
 
 @fused(dynamic=True, few=True)
-def _gate_gradient(sums: Tensor, norm: Tensor, gate: Tensor, distances: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The gradient of the gate's logit from the `_image_sums`, and the channel means of y again; (B, C) each."""
-    grad_sum, product_sum = sums
-    _, gain, offset, _ = norm
-    return scale * (gain * product_sum + offset * grad_sum) * gate * (1 - gate), distances * gain + offset
+def _before_relu(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient (B, S) of a ReLU's input, from that of its output `hidden`; and its sum over the batch."""
+    masked = grad * (hidden > 0)
+    return masked, masked.sum(0)
 
 
 @fused(dynamic=True, few=True)
 def _norm_gradients(
-    sums: Tensor, norm: Tensor, gate: Tensor, distances: Tensor, mean_grad: Tensor, scale: float, count: int
+    grad_sum: Tensor,
+    product_sum: Tensor,
+    norm: Tensor,
+    gate: Tensor,
+    distances: Tensor,
+    mean_grad: Tensor,
+    scale: float,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
     """The gradients (2, C) of β and γ from y's, scale · gate · grad + mean_grad / pixels; and both over `count`."""
-    grad_sum, product_sum = sums
     factor = scale * gate
     bias_grad = (factor * grad_sum + mean_grad).sum(0)
-    weight_grad = ((factor * product_sum + mean_grad * distances) * norm[3]).sum(0)
-    gradients = torch.stack([bias_grad, weight_grad])
-    return gradients, gradients / count
-
-
-@fused(dynamic=True, few=True)
-def _slopes(
-    norm: Tensor, gate: Tensor, mean_grad: Tensor, means: Tensor | None, scale: float, pixels: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_input_gradient` takes: factor and constant (B, C), and slope (C).
-
-    `means` (2, C), over the batch and ranks, of y's gradient and its product with x̂; None without a norm.
-    """
-    _, gain, _, inverse = norm
-    factor, constant, slope = scale * gate, mean_grad / pixels, torch.zeros_like(gain)
-    if means is not None:
-        constant, slope = constant - means[0], inverse * means[1]
-    return factor * gain, constant * gain, slope * gain
+    weight_grad = ((factor * product_sum + mean_grad * distances) * norm[2]).sum(0)
+    return torch.stack([bias_grad, weight_grad]), torch.stack([bias_grad / count, weight_grad / count])
 
 
 # ------------------------------------------------------------------------------------------------ passes over memory
 
 
-@fused(dynamic=True)
-def _image_means(x: Tensor) -> Tensor:
-    """(B, C), float32 or more."""
-    return at_least_float32(x).sum(3).sum(2) / (x.shape[2] * x.shape[3])
+def _sum(u: Tensor) -> Tensor:
+    """Over H and W; on a CPU along rows of pixels first, as in batch norms."""
+    return u.sum((2, 3)) if u.is_cuda else u.sum(3).sum(2)
 
 
 @fused(dynamic=True)
-def _added(skip: Tensor, x: Tensor, mean: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    """skip + factor · (x − mean) + offset; mean (C), factor and offset (B, C)."""
-    residual = (at_least_float32(x) - mean[:, None, None]) * factor[:, :, None, None] + offset[:, :, None, None]
+def _means_of_y(x: Tensor, norm: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How far the channel means of x are from the batch's, and those of y; (B, C) each, float32 or more."""
+    means = _sum(at_least_float32(x)) / (x.shape[2] * x.shape[3])
+    distances = means if norm is None else means - norm[0]
+    return distances, _of_y(distances, norm, bias)
+
+
+@fused(dynamic=True)
+def _added(skip: Tensor, x: Tensor, norm: Tensor | None, factor: Tensor, offset: Tensor | None) -> Tensor:
+    """skip + factor · (x − mean) + offset; factor and offset (B, C)."""
+    residual = _centred(x, norm) * factor[:, :, None, None]
+    if offset is not None:
+        residual = residual + offset[:, :, None, None]
     return (skip + residual).to(torch.promote_types(skip.dtype, x.dtype))
 
 
 @fused(dynamic=True)
-def _image_sums(x: Tensor, grad: Tensor, mean: Tensor) -> Tensor:
-    """(2, B, C): Σ grad and Σ grad · (x − mean) over H and W, float32 or more."""
+def _gate_gradient(
+    x: Tensor,
+    grad: Tensor,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor,
+    distances: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ grad and Σ grad · (x − mean) over H and W, the gradient of the gate's logit, and the channel means of y again;
+    (B, C) each, float32 or more."""
     wide = at_least_float32(grad)
-    product = wide * (at_least_float32(x) - mean[:, None, None])
-    return torch.stack([wide.sum(3).sum(2), product.sum(3).sum(2)])
+    grad_sum, product_sum = _sum(wide), _sum(wide * _centred(x, norm))
+    y_sum = product_sum if norm is None or bias is None else norm[1] * product_sum + bias * grad_sum
+    return grad_sum, product_sum, scale * y_sum * gate * (1 - gate), _of_y(distances, norm, bias)
 
 
 @fused(dynamic=True)
-def _input_gradient(x: Tensor, grad: Tensor, mean: Tensor, factor: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
-    """factor · grad + constant − slope · (x − mean); factor and constant (B, C), mean and slope (C)."""
+def _input_gradient(
+    x: Tensor, grad: Tensor, norm: Tensor | None, gate: Tensor, mean_grad: Tensor, means: Tensor | None, scale: float
+) -> Tensor:
+    """γ/σ · (scale · gate · grad + mean_grad / pixels), and through batch statistics if there are any.
+
+    `means` (2, C), over the batch and ranks, of y's gradient and its product with x̂.
+    """
+    factor, constant = scale * gate, mean_grad / (x.shape[2] * x.shape[3])  # (B, C)
+    if norm is None or means is None:
+        x_grad = at_least_float32(grad) * factor[:, :, None, None] + constant[:, :, None, None]
+        return x_grad.to(x.dtype)
+    _, gain, inverse = norm
+    factor, constant, slope = factor * gain, (constant - means[0]) * gain, inverse * means[1] * gain
     x_grad = at_least_float32(grad) * factor[:, :, None, None] + constant[:, :, None, None]
-    return (x_grad - slope[:, None, None] * (at_least_float32(x) - mean[:, None, None])).to(x.dtype)
+    x_grad = x_grad - slope[:, None, None] * _centred(x, norm)
+    return cast(Tensor, x_grad.to(x.dtype))
+
+
+def _of_y(distances: Tensor, norm: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The channel means of y (B, C)."""
+    return distances if norm is None or bias is None else distances * norm[1] + bias
+
+
+def _centred(x: Tensor, norm: Tensor | None) -> Tensor:
+    """x − mean, float32 or more; x itself without a norm."""
+    return at_least_float32(x) if norm is None else at_least_float32(x) - norm[0, :, None, None]

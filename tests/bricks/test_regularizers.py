@@ -71,10 +71,9 @@ def test_the_value_is_the_gradient_times_the_matrix() -> None:
 def test_the_first_step_iterates_forty_times_and_later_ones_four(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
 
-    def count(matrix: Tensor, u: Tensor, iterations: int) -> Tensor:
+    def count(matrix: Tensor, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         counts.append(iterations)
-        u.fill_(1)
-        return torch.ones(matrix.shape[0], matrix.shape[2])
+        return torch.ones_like(u), torch.ones(matrix.shape[0], matrix.shape[2])
 
     monkeypatch.setattr("nvae.bricks.regularizers._iterate", count)
     module = penalty()

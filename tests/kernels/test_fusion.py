@@ -33,7 +33,7 @@ def test_one_kernel_serves_all_sizes_on_a_cpu_alone(
     monkeypatch.setattr(fusion, "ANY_SIZE", devices)
     made: list[object] = []
 
-    def noted(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+    def noted(graph: torch.fx.GraphModule, inputs: object, **options: object) -> Callable[..., object]:
         made.append(graph)
         return graph.forward
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from counting import Operators
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from nvae.bricks.cells import ARCHITECTURES, Cell
 from nvae.core.config import validate
 from nvae.evaluation.bounds import Evaluator
 from nvae.kernels import dynamo, fusion
@@ -103,6 +104,35 @@ def test_a_model_for_inference_is_free_of_what_was_compiled(tiny_config: Callabl
     with torch.no_grad():
         model.for_inference()(torch.rand(2, 3, 8, 8))
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("place", ["decoder", "encoder"])
+def test_a_compiled_cell_keeps_no_more_for_the_backward_pass(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler divides what is computed between both passes as it will: here as it would for a GPU."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager_decomp_partition"))
+    ops = getattr(ARCHITECTURES["res_mbconv"], place)
+    cell = Cell(ops, 16, "same", squeeze_excite=True)
+    x = torch.randn(4, 16, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    uncompiled = bytes_kept(cell, x)
+    compile_each([cell])
+    assert bytes_kept(cell, x) <= 1.01 * uncompiled
+
+
+def bytes_kept(module: nn.Module, x: Tensor) -> int:
+    """What is kept for the backward pass of an update in bf16."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        count = sum(kept.values())
+    y.float().sum().backward()
+    return count
 
 
 @pytest.mark.slow

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_gpu import GPU, Script, Trace, fake_gpu
+from gpu_code import Launched, gpu_code
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nvae.bricks.regularizers import SpectralPenalty
 from nvae.core.precision import Precision
 from nvae.data.loading import Batch
+from nvae.kernels.fusion import compile_each
 from nvae.training import setup, trainer
 from nvae.training.config import AnyRunConfig
 from nvae.training.optim import Schedule
@@ -53,6 +55,21 @@ def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1,
         with trace:
             run.step()
     return trace
+
+
+def compiled_update(config: AnyRunConfig, precision: Precision) -> tuple[Trace, Launched]:
+    """What an update of a run with `train.compile` asks of its GPU: outside of the compiled parts, and within them."""
+    with pytest.MonkeyPatch.context() as patch, fake_gpu(patch), gpu_code(patch) as launched:
+        patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
+        run = _trainer(config, precision, 1)
+        for parameter in run.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        run.state.optimiser.step()
+        launched.trace = Trace(patch)
+        compile_each(run.model.parts())
+        with launched.trace:
+            run.step()
+    return launched.trace, launched
 
 
 def traced_gradients(config: AnyRunConfig, precision: Precision, *steps: int) -> tuple[Trace, list[Script]]:
