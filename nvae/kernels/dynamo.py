@@ -29,13 +29,15 @@ def allow_kinds(kinds: int) -> None:
     setattr(config, FAIL_AT_LIMIT, True)
 
 
-def keep_what_is_asked() -> None:
-    """From now on what a backward pass computes again is not taken from the forward pass, where it would be kept.
+def differentiate_as_uncompiled() -> None:
+    """From now on compiled backward passes keep what uncompiled ones keep, and compute in the types that they do.
 
-    The compiler would merge equal expressions of both, and keep x − mean in float32 where a batch norm keeps x in half
-    of its bytes.
+    The compiler would merge equal expressions of both passes, and keep x − mean in float32 where a batch norm keeps x
+    in half of its bytes; and it would run backward passes under the forward pass's autocast, gates in half precision.
     """
     gradients.cse = False
+    if hasattr(gradients, "backward_pass_autocast"):
+        gradients.backward_pass_autocast = "off"
 
 
 def compiling_for(kinds: int) -> Any:

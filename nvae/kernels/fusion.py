@@ -41,14 +41,14 @@ SMALL = 8
 def compile_each(modules: Iterable[nn.Module]) -> None:
     """Compiles modules one by one; those of one kind and one size share their code. Each size has its own.
 
-    Their backward passes keep what they keep uncompiled.
+    Their backward passes keep what they keep uncompiled, and are to be called outside of autocast.
 
     A module that would need more than `KINDS_OF_CALLS` kinds of code raises an error when it is called.
     """
     from . import dynamo
 
     dynamo.allow_kinds(KINDS_OF_CALLS)
-    dynamo.keep_what_is_asked()
+    dynamo.differentiate_as_uncompiled()
     for module in modules:
         device = next((weight.device.type for weight in module.parameters()), "cpu")
         operations.load_all(device)

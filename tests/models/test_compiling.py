@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from nvae.bricks.cells import ARCHITECTURES, Cell
 from nvae.core.config import validate
 from nvae.evaluation.bounds import Evaluator
-from nvae.kernels import dynamo, fusion
+from nvae.kernels import dynamo, fusion, operations
 from nvae.kernels.fusion import compile_each
 from nvae.models.base import Family
 from nvae.models.nvae.config import NVAEConfig
@@ -116,6 +116,23 @@ def test_a_compiled_cell_keeps_no_more_for_the_backward_pass(place: str, monkeyp
     uncompiled = bytes_kept(cell, x)
     compile_each([cell])
     assert bytes_kept(cell, x) <= 1.01 * uncompiled
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_gradients_of_gates_are_float32_under_autocast(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler would run the backward pass in the forward pass's types."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    cell = Cell((), 16, "same", squeeze_excite=True)
+    x, found = torch.randn(4, 16, 16, 16), []
+    with operations.using(kernels):
+        for _ in range(2):
+            cell.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = cell(x)
+            y.square().sum().backward()
+            found.append([parameter.grad for parameter in cell.parameters()])
+            compile_each([cell])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def bytes_kept(module: nn.Module, x: Tensor) -> int:

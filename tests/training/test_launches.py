@@ -43,7 +43,7 @@ def progress() -> Readiness:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "launches", "gib"),
     [
-        pytest.param("cifar10", SHALLOW, 3_300, 23, marks=pytest.mark.slow, id="cifar10 of six groups"),
+        pytest.param("cifar10", SHALLOW, 2_700, 22, id="cifar10 of six groups"),
         pytest.param("cifar10", (), 11_400, 101, marks=pytest.mark.full, id="cifar10"),
         pytest.param("ffhq_256", (), 17_600, 217, marks=pytest.mark.full, id="ffhq_256"),
     ],
@@ -54,15 +54,13 @@ def test_an_update_stays_within_its_budget(recipe: str, overrides: tuple[str, ..
     assert trace.moved.total() <= gib * GIB, trace.moved.most_common(20)
 
 
-@pytest.mark.slow
-def test_statistics_over_ranks_cost_a_collective_each_way_and_nothing_else() -> None:
+def test_statistics_over_ranks_cost_a_collective_each_way_and_a_pass_over_channels() -> None:
     """One collective besides balances the KL, and one lets ranks agree."""
     alone, together = (update("cifar10", *SHALLOW, world=world).launches for world in (1, 8))
-    assert of_norms(together) - of_norms(alone) == 2 * NORMS + 2
-    assert together.total() - alone.total() <= 2 * NORMS + 2 + WEIGHTS_IN_STAGES
+    assert of_norms(together) - of_norms(alone) == 3 * NORMS + 2
+    assert together.total() - alone.total() <= 3 * NORMS + 2 + WEIGHTS_IN_STAGES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("share", "ready"), [(0.75, 0.54), (0.8, 0.68), (0.9, 0.86), (0.95, 0.95)])
 def test_gradients_are_ready_for_other_ranks_during_the_backward_pass(share: float, ready: float) -> None:
     """By the time that an A100 at its peaks takes; the last third of it is the way up, where most weights are."""
