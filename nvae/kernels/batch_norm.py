@@ -145,14 +145,14 @@ def _backward(
     """
     count = x.numel() // x.shape[1] * (world_size() if over_ranks else 1)
     y, u_grad = None, y_grad
-    if x.is_cuda:
+    if for_a_gpu(x):
         sums, means = _gradient_sums(x, y_grad, norm, bias, activation, count)
     else:
         y, kept, sums, means = _activation_backward(x, y_grad, norm, bias, activation, again, count)
         u_grad = y_grad if kept is None else kept
     if over_ranks:
         means = summed(means)
-    if x.is_cuda:
+    if for_a_gpu(x):
         x_grad, y = _gradient_and_activation(x, y_grad, norm, bias, means, activation, again)
     else:
         x_grad = _input_gradient(x, u_grad, norm, means)
@@ -165,16 +165,21 @@ def _backward(
 # passes of the backward pass. On a GPU it is computed twice, in registers.
 
 
+def for_a_gpu(x: Tensor) -> bool:
+    """Which of the two divisions of work an input takes."""
+    return x.is_cuda
+
+
 def _sum(u: Tensor) -> Tensor:
     """Over B, H, W. On a CPU along rows of pixels first: what is partly summed stays in registers and the nearest
     cache. On a GPU at once, in as many parts as there are processors."""
-    return u.sum((0, 2, 3)) if u.is_cuda else u.sum(3).sum((0, 2))
+    return u.sum((0, 2, 3)) if for_a_gpu(u) else u.sum(3).sum((0, 2))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C). On a CPU, sums are of distances to the mean of one row of pixels, lest they
     cancel."""
-    if x.is_cuda:
+    if for_a_gpu(x):
         var, mean = torch.var_mean(at_least_float32(x), (0, 2, 3), correction=0)
         return mean, var
     start = at_least_float32(x[0, :, 0]).mean(1)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core.distributed import summed, world_size
 from ..core.precision import at_least_float32
-from .batch_norm import Norm, Statistics, measured
+from .batch_norm import Norm, Statistics, for_a_gpu, measured
 from .fusion import fused
 from .native import channels_last
 
@@ -158,7 +158,7 @@ def _norm_gradients(
 
 def _sum(u: Tensor) -> Tensor:
     """Over H and W; on a CPU along rows of pixels first, as in batch norms."""
-    return u.sum((2, 3)) if u.is_cuda else u.sum(3).sum(2)
+    return u.sum((2, 3)) if for_a_gpu(u) else u.sum(3).sum(2)
 
 
 @fused(dynamic=True)
