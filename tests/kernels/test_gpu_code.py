@@ -55,12 +55,12 @@ def test_no_pass_is_more_kernels_than_it_is_counted_for(world: int, monkeypatch:
 @pytest.mark.slow
 def test_a_compiled_update_stays_within_its_budget() -> None:
     trace, launched = compiled_update(cifar10(SHALLOW), "fp16")
-    assert total(trace, launched) <= 2_920, (launched.kernels.most_common(20), trace.launches.most_common(20))
+    assert total(trace, launched) <= 3_000, (launched.kernels.most_common(20), trace.launches.most_common(20))
 
 
 @pytest.mark.full
 def test_a_compiled_update_of_the_recipe_stays_within_its_budget() -> None:
-    assert total(*compiled_update(cifar10(), "fp16")) <= 10_000
+    assert total(*compiled_update(cifar10(), "fp16")) <= 10_400
 
 
 def total(trace: Trace, launched: Launched) -> int:

@@ -42,6 +42,8 @@ PASSES = {
     "latents._scored": 4,
 }
 """Kernels of the compiled passes that are not one, at most (tests/kernels/test_gpu_code.py)."""
+OPERATORS = {"depthwise": 2, "depthwise_input_gradient": 2, "depthwise_weight_gradient": 2}
+"""Kernels of our operators that are not one: kernels turned beforehand, partial sums added up afterwards."""
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim")
 """Operators whose result the host waits for."""
 COPIES = ("_to_copy", "copy_")
@@ -204,7 +206,7 @@ def _launches(name: str, args: Any) -> int:
     """Kernels of an operator: one, or for lists of tensors as many as it takes."""
     lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor)]
     listed = name.startswith(("_foreach", "_fused", "_amp_foreach")) and lists
-    return -(-len(lists[0]) // TENSORS_A_LAUNCH) if listed else 1
+    return -(-len(lists[0]) // TENSORS_A_LAUNCH) if listed else OPERATORS.get(name, 1)
 
 
 def _products(func: Any, args: Any, kwargs: Any, made: Any) -> int:

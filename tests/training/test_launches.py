@@ -43,9 +43,9 @@ def progress() -> Readiness:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "launches", "gib"),
     [
-        pytest.param("cifar10", SHALLOW, 2_700, 22, id="cifar10 of six groups"),
-        pytest.param("cifar10", (), 11_400, 101, marks=pytest.mark.full, id="cifar10"),
-        pytest.param("ffhq_256", (), 17_600, 217, marks=pytest.mark.full, id="ffhq_256"),
+        pytest.param("cifar10", SHALLOW, 3_050, 22, id="cifar10 of six groups"),
+        pytest.param("cifar10", (), 10_700, 97, marks=pytest.mark.full, id="cifar10"),
+        pytest.param("ffhq_256", (), 16_700, 211, marks=pytest.mark.full, id="ffhq_256"),
     ],
 )
 def test_an_update_stays_within_its_budget(recipe: str, overrides: tuple[str, ...], launches: int, gib: int) -> None:
