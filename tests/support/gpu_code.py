@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,14 +146,18 @@ def _write_only(patch: pytest.MonkeyPatch, launched: Launched) -> None:
 
         return make_boxed_func(run)
 
-    def backend(graph: torch.fx.GraphModule, inputs: Any, options: Any = None) -> Any:
-        with _silent(launched.trace), torch._inductor.config.patch(options or {}):
-            return compile_fx.compile_fx(graph, inputs, inner_compile=inner)
+    @cache  # modules share their code where they share the backend
+    def backend(options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        def write(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            with _silent(launched.trace), torch._inductor.config.patch(dict(options)):
+                return compile_fx.compile_fx(graph, inputs, inner_compile=inner)
+
+        return write
 
     from torch import compile as original
 
     def compiled(model: Any = None, *, options: Any = None, **settings: Any) -> Any:
-        return original(model, backend=lambda graph, inputs: backend(graph, inputs, options), **settings)
+        return original(model, backend=backend(tuple((options or {}).items())), **settings)
 
     patch.setattr(torch, "compile", compiled)
 
