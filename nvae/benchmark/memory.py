@@ -83,7 +83,7 @@ def _inputs(config: ModelConfig, batch: int, recompute: Recomputation) -> tuple[
         if isinstance(part, SpectralPenalty):
             part.first_iterations = part.iterations  # more of them take as much memory, and minutes here
     images = torch.zeros(batch, config.image_channels, config.image_size, config.image_size)
-    return model, images, [torch.zeros(shape) for shape in model.latent_shapes(batch)]
+    return model, images, [torch.zeros(shape) for shape in model.latent_shapes(model.draws * batch)]
 
 
 def _step(

@@ -27,6 +27,15 @@ def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(derived_seed(*key))
 
 
+def reseed(device: torch.device, *key: int | str) -> None:
+    """Starts the global generators of the host and of a device at the key's own seed."""
+    seed = derived_seed(*key)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would look for accelerators, each time anew
+    else:
+        torch.manual_seed(seed)
+
+
 def keyed_normal(
     shapes: Sequence[Sequence[int]], indices: Sequence[int], seed: int, stream: str, device: torch.device | str
 ) -> list[Tensor]:

@@ -192,7 +192,7 @@ def _torch_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's own gradients of (x, weight, bias), those that are wanted."""
     stride, padding, dilation, groups, _ = geometry
-    gradients = torch.ops.aten.convolution_backward(
+    gradients = torch.ops.aten.convolution_backward.default(
         grad,
         x,
         weight,

@@ -191,6 +191,10 @@ class Family(nn.Module, ABC, Generic[ConfigT]):
     """Whether log p(x) is computed exactly, bounded (importance weights exist), bounded by one point of the latents
     (all draws are the same), or not available."""
 
+    draws: int = 1
+    """How often training draws the latents of an image, K. Its noise and its output have K·B rows, draw k of image b
+    in row k·B + b."""
+
     def __init__(self, config: ConfigT) -> None:
         super().__init__()
         self.config = config

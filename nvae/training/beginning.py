@@ -19,9 +19,10 @@ from .state import TrainingState
 
 
 def training_noise(model: Family[Any], indices: list[int], seed: int) -> list[Tensor]:
-    """The noise of training's images, each keyed on the number of its draw."""
+    """The noise of training's images, (K·B, …) of K draws of each, keyed on the number of the image."""
     device = next(model.parameters()).device
-    return keyed_normal(model.latent_shapes(len(indices)), indices, seed, "latents", device)
+    shapes = [(len(indices), model.draws, *shape[1:]) for shape in model.latent_shapes(len(indices))]
+    return [noise.transpose(0, 1).flatten(0, 1) for noise in keyed_normal(shapes, indices, seed, "latents", device)]
 
 
 def begin(state: TrainingState, images: Images, data: DataConfig, seed: int) -> None:

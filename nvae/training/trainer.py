@@ -16,7 +16,7 @@ from ..core.devices import device_name
 from ..core.distributed import check_same_state, rank, sum_over_ranks, world_size
 from ..core.errors import UserError
 from ..core.precision import Precision, autocast
-from ..core.randomness import derived_seed
+from ..core.randomness import reseed
 from ..data.loading import TrainingStream
 from ..kernels.operations import Mode
 from ..models.base import Metrics, Recomputation
@@ -183,7 +183,7 @@ class Trainer:
         Returns this rank's metrics.
         """
         state = self.state
-        torch.manual_seed(derived_seed(self.seed, "step", rank(), state.step))
+        reseed(self.device, self.seed, "step", rank(), state.step)
         for group in state.optimiser.param_groups:
             group["lr"] = state.lr_factor * self.schedule(state.step)
         metrics, norm = self._accumulate_gradients()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nvae.core.randomness import derived_seed, generator, keyed_normal, keyed_uniform
+from nvae.core.randomness import derived_seed, generator, keyed_normal, keyed_uniform, reseed
 
 SHAPES = [(4, 3, 2, 2), (4, 3, 4, 4)]
 
@@ -29,6 +29,13 @@ def test_seeds_fit_a_signed_64_bit_integer() -> None:
 def test_generators_start_at_their_key() -> None:
     first, second = (torch.rand(5, generator=generator("cpu", 3, "x")) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_the_global_generator_starts_at_its_key_as_by_torch() -> None:
+    torch.manual_seed(derived_seed(3, "x"))
+    expected = torch.rand(5)
+    reseed(torch.device("cpu"), 3, "x")
+    assert torch.equal(torch.rand(5), expected)
 
 
 def test_an_image_draws_the_same_in_any_batch() -> None:

@@ -16,6 +16,7 @@ from nvae.bricks.latents import Normal, kl_divergence, score
 from nvae.bricks.likelihoods import LIKELIHOODS, quantise
 from nvae.bricks.normalisation import BatchNorm, measuring
 from nvae.core.errors import UserError
+from nvae.evaluation.bounds import importance_weighted_bound
 from nvae.models.base import Noise, Output
 from nvae.models.nvae.config import NVAEConfig
 from nvae.models.nvae.model import NVAE
@@ -548,6 +549,63 @@ def test_at_the_end_the_loss_without_penalties_is_the_bound(any_config: NVAEConf
     loss, metrics = model.loss(output, 1.0)
     torch.testing.assert_close(loss, (output.reconstruction + output.kl.sum(1)).mean())
     assert torch.equal(metrics["nelbo"], loss)
+
+
+def drawing(config: NVAEConfig, draws: int) -> NVAE:
+    """A model that is trained on the importance-weighted bound of so many draws, without penalties."""
+    objective = config.objective.model_copy(update={"spectral": 0.0, "importance_samples": draws})
+    return NVAE(config.model_copy(update={"objective": objective}))
+
+
+def test_of_several_draws_the_loss_is_the_bound_that_is_evaluated(tiny_config: Make) -> None:
+    model = drawing(tiny_config(flows=1), draws=4)
+    output = model(images(model.config))
+    bound = importance_weighted_bound(output.log_weight.reshape(4, 3))
+    torch.testing.assert_close(model.loss(output, 1.0)[0], -bound.mean())
+
+
+@pytest.mark.parametrize("progress", [0.1, 1.0])
+def test_until_the_kl_has_its_full_weight_several_draws_are_trained_as_single_ones(
+    tiny_config: Make, progress: float
+) -> None:
+    model = drawing(tiny_config(scales=2), draws=2)
+    output = model(images(model.config))
+    single = drawing(model.config, draws=1).loss(output, progress)[0]
+    assert torch.equal(model.loss(output, progress)[0], single) == (progress < 0.3)
+
+
+def test_a_loss_that_is_recorded_changes_after_the_warm_up_as_any_other(tiny_config: Make) -> None:
+    model = drawing(tiny_config(scales=2), draws=2)
+    output = model(images(model.config))
+    for progress in (0.1, 1.0):
+        recorded = model.loss(output, torch.tensor(progress, dtype=torch.float64))[0]
+        torch.testing.assert_close(recorded, model.loss(output, progress)[0], check_dtype=False)
+
+
+def test_several_draws_of_an_image_are_what_single_passes_make_of_their_noise(tiny_config: Make) -> None:
+    model, x = drawing(tiny_config(architecture="res_elu"), draws=2), images(tiny_config())
+    noise = noise_for(model, 6)
+    both = model(x, noise)
+    assert len(both.target) == 6
+    alone = drawing(model.config, draws=1)
+    alone.load_state_dict(model.state_dict())
+    for k in range(2):
+        one = alone(x, [part[3 * k : 3 * k + 3] for part in noise])
+        torch.testing.assert_close(both.log_weight[3 * k : 3 * k + 3], one.log_weight)
+
+
+def test_outside_training_an_image_is_drawn_once(tiny_config: Make) -> None:
+    model = drawing(tiny_config(), draws=2).eval()
+    assert len(model(images(model.config)).target) == 3
+
+
+def test_all_draws_of_an_image_know_its_class_or_none_does(tiny_config: Make) -> None:
+    model = drawing(tiny_config(classes=2, label_dropout=0.5), draws=3)
+    seen: list[Tensor] = []
+    assert model.class_prior is not None
+    model.class_prior.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(images(model.config, 40), labels=torch.ones(40, dtype=torch.int64))
+    assert (seen[0].reshape(3, 40) == seen[0][:40]).all() and len(seen[0].unique()) == 2
 
 
 def test_the_penalty_uses_the_weights_of_the_pass(tiny_config: Make) -> None:

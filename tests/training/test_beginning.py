@@ -15,6 +15,8 @@ from nvae.core import distributed
 from nvae.core.errors import UserError
 from nvae.models.base import FirstBatch, FirstImages
 from nvae.models.nvae.model import NVAE
+from nvae.models.registry import build
+from nvae.training.beginning import training_noise
 
 RES_ELU = ("model.architecture=res_elu", "model.scales=2")
 
@@ -46,6 +48,14 @@ def rewrite(folder: Path, step: int, change: Callable[[dict[str, Any]], Any]) ->
     change(content)
     del content["format"], content["version"]
     save_checkpoint(folder / "tiny" / "checkpoints" / f"step-{step:09d}.pt", content)
+
+
+def test_several_draws_of_an_image_have_noise_of_their_own_in_any_batch() -> None:
+    model = build(tiny_run("model.objective.importance_samples=3").model)
+    whole, part = training_noise(model, [4, 5], seed=0), training_noise(model, [5], seed=0)
+    for of_both, of_one in zip(whole, part, strict=True):
+        draws = of_both.unflatten(0, (3, 2))[:, 1]
+        assert torch.equal(draws, of_one) and len(draws.flatten(1).unique(dim=0)) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- once

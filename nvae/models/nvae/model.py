@@ -27,7 +27,16 @@ from ..base import FirstImages, Metrics, Noise, Output, Progress, Recomputation,
 from ..config import ModelConfig
 from ..hierarchy import EncodedImages, Hierarchy
 from .config import NVAEConfig
-from .objective import balance_factors, balance_weights, balanced_kl, in_warm_up, kl_coefficient, spectral_weight
+from .objective import (
+    Number,
+    balance_factors,
+    balance_weights,
+    balanced_kl,
+    importance_weighted,
+    in_warm_up,
+    kl_coefficient,
+    spectral_weight,
+)
 
 UP, DOWN = 10, 2
 """Stages of either way of a pass. Ranks exchange a stage's gradients as soon as the backward pass has left it."""
@@ -111,6 +120,7 @@ class NVAE(Hierarchy[NVAEConfig]):
 
     def __init__(self, config: NVAEConfig) -> None:
         super().__init__(config)
+        self.draws = config.objective.importance_samples
         architecture = ARCHITECTURES[config.architecture]
         levels, top = config.levels, config.levels[0]
         encoder, decoder = config.encoder_channels, config.decoder_channels
@@ -178,9 +188,13 @@ class NVAE(Hierarchy[NVAEConfig]):
         """(B, C, H, W) in [0, 1] -> Output. Both ways with one set of effective weights."""
         if not self.training:
             self.check_images(x)
+        draws = self.draws if self.training else 1
         with advancing_together(self.norms if self.training else []):
-            features, noise = self.encode(x, labels), self.noise_for(len(x), noise)
-            return self.decoded(TopDownPass(self, self.as_known(features, noise), len(x)), features.target, noise)
+            features, noise = self.encode(x, labels), self.noise_for(draws * len(x), noise)
+            features = self.as_known(features, [part[: len(x)] for part in noise])
+            if draws > 1:
+                features = features.repeated(draws)
+            return self.decoded(TopDownPass(self, features, draws * len(x)), features.target, noise)
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> Features:
         """The bottom-up pass of images (B, C, H, W) in [0, 1]."""
@@ -201,7 +215,10 @@ class NVAE(Hierarchy[NVAEConfig]):
         return [(n, latent, size // 2**level, size // 2**level) for level in self.config.levels]
 
     def loss(self, output: Output, progress: Progress) -> tuple[Tensor, Metrics]:
-        """Mean over the batch of reconstruction + balanced KL, plus λ (Σ σ_max + Σ max|γ|), in nats (spec §5)."""
+        """Mean over the batch of reconstruction + balanced KL, plus λ (Σ σ_max + Σ max|γ|), in nats (spec §5).
+
+        Of several draws an image, after the warm-up, minus the importance-weighted bound in place of the first two.
+        """
         objective = self.config.objective
         coefficient = kl_coefficient(progress, objective)
         lam = spectral_weight(coefficient, objective)
@@ -210,6 +227,8 @@ class NVAE(Hierarchy[NVAEConfig]):
         even = torch.ones(len(self.groups), device=output.kl.device)
         kl = objective.kl_weight * balanced_kl(output.kl, coefficient, weights)
         loss = (output.reconstruction + kl).mean()
+        if self.draws > 1:
+            loss = self._after_warm_up(output, coefficient, loss)
         metrics = {
             "nelbo": (output.reconstruction + output.kl.sum(1)).mean().detach(),
             "reconstruction": output.reconstruction.mean().detach(),
@@ -224,6 +243,15 @@ class NVAE(Hierarchy[NVAEConfig]):
             loss = loss + (lam.to(penalty) if isinstance(lam, Tensor) else lam) * penalty
             metrics |= {"spectral": spectral.detach(), "batch_norm_scales": scales.detach()}
         return loss, metrics
+
+    def _after_warm_up(self, output: Output, coefficient: Number, loss: Tensor) -> Tensor:
+        """The loss in the warm-up, then minus the mean importance-weighted bound of the draws of each image."""
+        of_latents = output.log_weight + output.reconstruction  # log p(z) − log q(z | x)
+        log_weights = self.config.objective.kl_weight * of_latents - output.reconstruction
+        weighted = -importance_weighted(log_weights.reshape(self.draws, -1)).mean()
+        if isinstance(coefficient, Tensor):
+            return torch.where(coefficient < 1, loss, weighted)
+        return loss if coefficient < 1 else weighted
 
     def set_recomputation(self, mode: Recomputation) -> None:
         """`cells`: the backward pass computes whole cells, flows and the likelihood again.
@@ -251,7 +279,8 @@ class NVAE(Hierarchy[NVAEConfig]):
         hooks = [op.register_forward_pre_hook(lambda op, inputs: op.start_from(*inputs)) for op in ops]
         self.weights.clear()
         features = self.bottom_up(batch.images)
-        self.decoded(TopDownPass(self, features, len(batch.images)), features.target, batch.noise())
+        noise = [part[: len(batch.images)] for part in batch.noise()]  # of the first draw of each
+        self.decoded(TopDownPass(self, features, len(batch.images)), features.target, noise)
         for hook in hooks:
             hook.remove()
         self.started.fill_(True)

@@ -30,6 +30,9 @@ class ObjectiveConfig(Config):
     autoencoder, where σ shrinks until codes are all but points, and samples from the prior resemble nothing."""
     kl_balance: bool = True
     """Balance the KL of the groups while the coefficient is below 1 (paper appendix A)."""
+    importance_samples: int = Field(1, ge=1, le=1000)
+    """Draws of the latents of an image in each update, K. From 2 on, once the KL has its full weight, the bound of K
+    importance samples is trained (Burda et al. 2016), as evaluation gives it."""
     spectral: float = Field(1e-2, ge=0)
     """Weight λ of the penalties (spectral norms and batch-norm scales), per nat of the loss."""
     spectral_start: float | None = Field(None, gt=0)
@@ -88,3 +91,8 @@ def in_warm_up(weights: Tensor, coefficient: Number) -> Tensor:
     if isinstance(below, Tensor):
         return torch.where(below, weights, 1.0)
     return weights if below else torch.ones_like(weights)
+
+
+def importance_weighted(log_weights: Tensor) -> Tensor:
+    """log mean_k w_k, (B,) nats, of log weights (K, B) (Burda et al. 2016, Eq. 8; spec §7)."""
+    return log_weights.logsumexp(0) - math.log(log_weights.shape[0])
