@@ -24,16 +24,19 @@ def difference(
     dtype: torch.dtype,
     differentiable: bool = True,
 ) -> str:
-    """What is wrong with `fast`, in one line, or nothing. An example that it does not compute says nothing."""
-    try:
-        with torch.random.fork_rng(), torch.autograd.set_multithreading_enabled(False), _apart():
-            for args in examples:
-                for differentiate in (False, True) if differentiable else (False,):
-                    if problem := _difference(plain, fast, args, dtype, differentiate):
-                        return problem
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """What is wrong with the results of `fast`, in one line, or nothing. An example that it does not compute says
+    nothing; an error of its own is raised."""
+    with torch.random.fork_rng(), torch.autograd.set_multithreading_enabled(False), _apart():
+        for args in examples:
+            for differentiate in (False, True) if differentiable else (False,):
+                if problem := _difference(plain, fast, args, dtype, differentiate):
+                    return problem
     return ""
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _apart() -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.distributed import gather_objects
-from .judging import difference
+from .judging import difference, in_a_line
 from .verdicts import SOUND, verdict
 from .watching import watched
 
@@ -140,12 +140,18 @@ class Operation(Generic[P, R]):
 
     def _is_sound(self, implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
         def judge() -> str:
-            return self.problem_of(implementation, device, dtype) or SOUND
+            return self._difference(implementation, device, dtype) or SOUND
 
         return verdict(f"{self.name} ({implementation})", device, dtype, judge) == SOUND
 
     def problem_of(self, implementation: str, device: torch.device, dtype: torch.dtype) -> str:
         """What is wrong with an implementation, in one line, or nothing."""
+        try:
+            return self._difference(implementation, device, dtype)
+        except Exception as error:
+            return in_a_line(error)
+
+    def _difference(self, implementation: str, device: torch.device, dtype: torch.dtype) -> str:
         examples = self.examples(device, dtype)
         return difference(self._plainly, self.implementation(implementation), examples, dtype, self.differentiable)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..core.files import atomic_file
+from .judging import in_a_line
 from .machine import cache_folder, processor
 
 SOUND = "sound"
@@ -26,15 +27,20 @@ _found: dict[str, str] = {}
 def verdict(name: str, device: torch.device, dtype: torch.dtype, judge: Callable[[], str]) -> str:
     """`SOUND`, or what is wrong with the computation `name`: as kept, or as `judge` finds now.
 
-    What is left out is named in one line, once a process.
+    What is left out is named in one line, once a process. An error of `judge` is one of this process alone: a full disk
+    or a compiler that was killed says nothing of the next.
     """
     key = f"{name} on {_model_of(device)} in {str(dtype).removeprefix('torch.')}"
     if key not in _found:
         kept = _kept()
-        if key not in kept:
-            kept[key] = judge()
-            _keep(key, kept[key])
-        _found[key] = kept[key]
+        if key in kept:
+            _found[key] = kept[key]
+        else:
+            try:
+                _found[key] = judge()
+                _keep(key, _found[key])
+            except Exception as error:
+                _found[key] = in_a_line(error)
         if _found[key] != SOUND:
             warnings.warn(f"{key} is left out: {_found[key]}", stacklevel=2)
     return _found[key]

@@ -123,6 +123,19 @@ def test_a_verdict_is_kept_for_the_next_process(
     twice(torch.ones(3))
 
 
+def test_an_error_is_one_of_its_process(twice: Operation[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler may have been killed, a disk been full."""
+    stand_in(monkeypatch, raising)
+    with pytest.warns(UserWarning, match="is left out: RuntimeError"):
+        twice(torch.ones(3))
+    monkeypatch.setattr(verdicts, "_found", {})
+    twice._trusted.clear()
+    twos: list[Tensor] = []
+    stand_in(monkeypatch, lambda x: twos.append(x) or x + x)
+    twice(torch.ones(3))
+    assert twos
+
+
 def test_plainly_no_implementation_is_asked(
     twice: Operation[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
