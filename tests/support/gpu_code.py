@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._triton
 from fake_gpu import OPERATORS, Trace
 
 KERNEL = re.compile(r"(triton_\w+)\.run\(")
@@ -57,10 +58,18 @@ def gpu_code(patch: pytest.MonkeyPatch) -> Iterator[Launched]:
     launched = Launched()
     _pretend(patch)
     _write_only(patch, launched)
-    torch._dynamo.reset()
+    _forget()
     with torch._inductor.config.patch(fx_graph_cache=False, joint_graph_constant_folding=False):
         yield launched
+    _forget()
+
+
+def _forget() -> None:
+    """What was compiled, and what was found of the devices that there are."""
     torch._dynamo.reset()
+    for found in vars(torch.utils._triton).values():
+        if hasattr(found, "cache_clear"):
+            found.cache_clear()
 
 
 def _pretend(patch: pytest.MonkeyPatch) -> None:
