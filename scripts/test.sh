@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv if needed, then lint, types and tests.
-#   bash scripts/test.sh               what every change must pass: 15 to 20 minutes on 2 cores
+#   bash scripts/test.sh               what every change must pass: 15 to 23 minutes on 2 cores
 #   bash scripts/test.sh --quick       without the slow tests, some 6 minutes: before every commit
 #   bash scripts/test.sh ROOM          the tests of one room of nvae/, or of the house
 #   bash scripts/test.sh --full        the slowest tests as well, up to an hour
