@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import in_a_line
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -31,14 +33,8 @@ def found_by(name: str, check: Check) -> list[Finding]:
         for finding in check():
             found.append(finding)
     except Exception as error:
-        found.append(Finding(name, problem(error), attention=True))
+        found.append(Finding(name, in_a_line(error), attention=True))
     return found
-
-
-def problem(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def impersonal(text: str) -> str:

@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from ..core.distributed import require_served
-from ..core.errors import UserError
+from ..core.errors import UserError, in_a_line
 from ..core.precision import AUTOCAST, Precision, allow_tf32, precision_on
 from ..kernels.compilers import compiles
-from .findings import Finding, problem
+from .findings import Finding
 
 PACKAGES = ("torchvision", "triton", "numpy", "nvae")
 GIB = 2**30
@@ -53,7 +53,7 @@ def _nccl() -> str:
     try:
         return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     except (AttributeError, RuntimeError) as error:
-        return f"not known ({problem(error)})"
+        return f"not known ({in_a_line(error)})"
 
 
 def _importable(package: str) -> Finding:
@@ -61,7 +61,7 @@ def _importable(package: str) -> Finding:
     try:
         importlib.import_module(package)
     except Exception as error:
-        return Finding(package, f"cannot be imported: {problem(error)}", attention=True)
+        return Finding(package, f"cannot be imported: {in_a_line(error)}", attention=True)
     return Finding(package, "can be imported")
 
 

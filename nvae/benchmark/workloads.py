@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bricks.latents import importance_weighted_bound
 from ..core.precision import Precision, allow_tf32, autocast
-from ..evaluation.bounds import Evaluator, importance_weighted_bound
+from ..evaluation.bounds import Evaluator
 from ..kernels.fusion import compile_each
 from ..kernels.operations import using
 from ..models.base import Family, FirstBatch, FirstImages

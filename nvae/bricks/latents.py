@@ -144,3 +144,8 @@ def bounded_normal(raws: tuple[Tensor, ...], temperature: float) -> tuple[Tensor
     for raw in others:
         total = sum_with_each(total, raw)
     return Normal.from_raw(total, temperature)
+
+
+def importance_weighted_bound(log_weights: Tensor) -> Tensor:
+    """log mean_k exp of log importance weights (K, B), in nats: (B,) (Burda et al. 2016, Eq. 8; spec §7)."""
+    return torch.logsumexp(log_weights, dim=0) - math.log(log_weights.shape[0])

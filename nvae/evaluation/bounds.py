@@ -8,7 +8,6 @@ Shapes: B images of a batch, N images of a split, K importance samples, k of the
 (top-down), L latent channels of a group (of the largest one; groups with fewer have zeros there).
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..bricks.latents import importance_weighted_bound
 from ..core.distributed import from_rank_zero, gather_objects, rank
 from ..core.errors import UserError
 from ..core.files import atomic_file, tensors_in
@@ -79,11 +79,6 @@ class Parts:
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
-
-
-def importance_weighted_bound(log_weights: Tensor) -> Tensor:
-    """log mean_k exp of log importance weights (K, B), in nats: (B,) (Burda et al. 2016; spec §7)."""
-    return torch.logsumexp(log_weights, dim=0) - math.log(log_weights.shape[0])
 
 
 def ladder(samples: int) -> list[int]:

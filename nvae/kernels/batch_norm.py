@@ -50,7 +50,7 @@ def batch_norm_fixed(x: Tensor, norm: Norm, mean: Tensor, var: Tensor) -> Tensor
     """With given statistics, in one pass, without gradients."""
     if torch.is_grad_enabled():
         return NotImplemented  # type: ignore[no-any-return]
-    fixed = coefficients(norm.weight, torch.stack([mean, var]), norm.eps)
+    fixed = coefficients(norm.weight, mean, var, norm.eps)
     return _normalised(channels_last(x), fixed, norm.bias, norm.activation, x.dtype)
 
 
@@ -70,7 +70,8 @@ def measured(x: Tensor, norm: Norm) -> tuple[Statistics, Tensor]:
     if norm.statistics is None and norm.over_ranks and world_size() > 1:
         return _of_shares(summed(_shares(x, world_size())), norm.weight, norm.eps)
     if norm.statistics is not None:
-        return norm.statistics, coefficients(norm.weight, norm.statistics, norm.eps)
+        mean, var = norm.statistics
+        return norm.statistics, coefficients(norm.weight, mean, var, norm.eps)
     return _measured(x, norm.weight, norm.eps)
 
 
@@ -144,18 +145,14 @@ def _backward(
     The gradients of γ and β are this rank's; their mean over ranks is what x's gradient needs.
     """
     count = x.numel() // x.shape[1] * (world_size() if over_ranks else 1)
-    y, u_grad = None, y_grad
     if for_a_gpu(x):
         sums, means = _gradient_sums(x, y_grad, norm, bias, activation, count)
-    else:
-        y, kept, sums, means = _activation_backward(x, y_grad, norm, bias, activation, again, count)
-        u_grad = y_grad if kept is None else kept
-    if over_ranks:
-        means = summed(means)
-    if for_a_gpu(x):
+        means = summed(means) if over_ranks else means
         x_grad, y = _gradient_and_activation(x, y_grad, norm, bias, means, activation, again)
     else:
-        x_grad = _input_gradient(x, u_grad, norm, means)
+        y, kept, sums, means = _activation_backward(x, y_grad, norm, bias, activation, again, count)
+        means = summed(means) if over_ranks else means
+        x_grad = _input_gradient(x, y_grad if kept is None else kept, norm, means)
     return y, (x_grad, sums[1], sums[0])
 
 
@@ -170,10 +167,10 @@ def for_a_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _sum(u: Tensor) -> Tensor:
-    """Over B, H, W. On a CPU along rows of pixels first: what is partly summed stays in registers and the nearest
-    cache. On a GPU at once, in as many parts as there are processors."""
-    return u.sum((0, 2, 3)) if for_a_gpu(u) else u.sum(3).sum((0, 2))
+def sum_of_pixels(u: Tensor, *others: int) -> Tensor:
+    """Over H, W and `others`. On a CPU along rows of pixels first: what is partly summed stays in registers and the
+    nearest cache. On a GPU at once, in as many parts as there are processors."""
+    return u.sum((*others, 2, 3)) if for_a_gpu(u) else u.sum(3).sum((*others, 2))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +182,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     start = at_least_float32(x[0, :, 0]).mean(1)
     distance = at_least_float32(x) - start[:, None, None]
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    first, second = _sum(distance) / count, _sum(distance.square()) / count
+    first, second = sum_of_pixels(distance, 0) / count, sum_of_pixels(distance.square(), 0) / count
     return start + first, (second - first.square()).clamp(min=0)
 
 
@@ -193,7 +190,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _measured(x: Tensor, weight: Tensor, eps: float) -> tuple[Statistics, Tensor]:
     """Mean and biased variance (2, C), and their `coefficients`."""
     mean, var = (moment.to(weight.dtype) for moment in _moments(x))
-    return torch.stack([mean, var]), _coefficients(weight, mean, var, eps)
+    return torch.stack([mean, var]), coefficients(weight, mean, var, eps)
 
 
 @fused(dynamic=True)
@@ -208,16 +205,12 @@ def _of_shares(shares: Tensor, weight: Tensor, eps: float) -> tuple[Statistics, 
     """The statistics of all ranks' shares together, and their `coefficients`."""
     mean, square = shares
     mean, var = mean.to(weight.dtype), (square - mean.square()).to(weight.dtype)
-    return torch.stack([mean, var]), _coefficients(weight, mean, var, eps)
+    return torch.stack([mean, var]), coefficients(weight, mean, var, eps)
 
 
 @fused(dynamic=True, few=True)
-def coefficients(weight: Tensor, moments: Tensor, eps: float) -> Tensor:
+def coefficients(weight: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """(3, C): mean, γ/σ, 1/σ."""
-    return _coefficients(weight, moments[0], moments[1], eps)
-
-
-def _coefficients(weight: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     scale = torch.rsqrt(var + eps)
     return torch.stack([mean, scale * weight, scale])
 
@@ -269,7 +262,8 @@ def _through_activation(
 def _sums_of(x: Tensor, u_grad: Tensor, norm: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(2, C): Σ u_grad and Σ u_grad · x̂; and both over `count`."""
     wide = at_least_float32(u_grad)
-    plain, product = _sum(wide), _sum(wide * (at_least_float32(x) - norm[0, :, None, None])) * norm[2]
+    products = wide * (at_least_float32(x) - norm[0, :, None, None])
+    plain, product = sum_of_pixels(wide, 0), sum_of_pixels(products, 0) * norm[2]
     return torch.stack([plain, product]), torch.stack([plain / count, product / count])
 
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core.distributed import summed, world_size
 from ..core.precision import at_least_float32
-from .batch_norm import Norm, Statistics, for_a_gpu, measured
+from .batch_norm import Norm, Statistics, measured, sum_of_pixels
 from .fusion import fused
 from .native import channels_last
 
@@ -156,15 +156,10 @@ def _norm_gradients(
 # ------------------------------------------------------------------------------------------------ passes over memory
 
 
-def _sum(u: Tensor) -> Tensor:
-    """Over H and W; on a CPU along rows of pixels first, as in batch norms."""
-    return u.sum((2, 3)) if for_a_gpu(u) else u.sum(3).sum(2)
-
-
 @fused(dynamic=True)
 def _means_of_y(x: Tensor, norm: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """How far the channel means of x are from the batch's, and those of y; (B, C) each, float32 or more."""
-    means = _sum(at_least_float32(x)) / (x.shape[2] * x.shape[3])
+    means = sum_of_pixels(at_least_float32(x)) / (x.shape[2] * x.shape[3])
     distances = means if norm is None else means - norm[0]
     return distances, _of_y(distances, norm, bias)
 
@@ -191,7 +186,7 @@ def _gate_gradient(
     """Σ grad and Σ grad · (x − mean) over H and W, the gradient of the gate's logit, and the channel means of y again;
     (B, C) each, float32 or more."""
     wide = at_least_float32(grad)
-    grad_sum, product_sum = _sum(wide), _sum(wide * _centred(x, norm))
+    grad_sum, product_sum = sum_of_pixels(wide), sum_of_pixels(wide * _centred(x, norm))
     y_sum = product_sum if norm is None or bias is None else norm[1] * product_sum + bias * grad_sum
     return grad_sum, product_sum, scale * y_sum * gate * (1 - gate), _of_y(distances, norm, bias)
 

@@ -34,11 +34,6 @@ def difference(
     return ""
 
 
-def in_a_line(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def _apart() -> AbstractContextManager[None]:
     """Within, what is kept for a backward pass is kept, also where a caller's pass is to be computed again."""
     return saved_tensors_hooks(lambda kept: kept, lambda kept: kept)

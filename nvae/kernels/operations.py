@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..core.distributed import gather_objects
-from .judging import difference, in_a_line
+from ..core.errors import in_a_line
+from .judging import difference
 from .verdicts import SOUND, verdict
 from .watching import watched
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ..core.errors import in_a_line
 from ..core.files import atomic_file
-from .judging import in_a_line
 from .machine import cache_folder, processor
 
 SOUND = "sound"

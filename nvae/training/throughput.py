@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.distributed import world_size
+from ..core.errors import in_a_line
 from ..core.memory import MIB, peak_mib
 from ..core.precision import Precision
 from ..kernels.operations import using
@@ -99,6 +100,5 @@ class Meter:
         try:
             return flop_per_image(self.config)
         except Exception as error:  # of a family of somebody's own
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"no TFLOP/s in the log: {type(error).__name__}: {reason}", stacklevel=2)
+            warnings.warn(f"no TFLOP/s in the log: {in_a_line(error)}", stacklevel=2)
             return None

@@ -37,7 +37,6 @@ def test_passes_of_a_gpu_have_the_values_and_gradients_of_the_plain_function(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_norm, "for_a_gpu", lambda x: True)
-    monkeypatch.setattr(gated_sum, "for_a_gpu", lambda x: True)
     function, operation, examples = OPERATIONS[name]
 
     def plain(*args: Any) -> Any:

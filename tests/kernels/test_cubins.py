@@ -65,19 +65,22 @@ def compiled(name: str, dtype: str, capability: int, channels: int = 768, stride
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def usage(made: Any, folder: Path) -> dict[str, int]:
-    """Registers and bytes of local memory of a thread, and bytes of shared memory of a program."""
+def told(made: Any, folder: Path, tool: str, option: str) -> str:
+    """What one of NVIDIA's tools says of a kernel's machine code."""
     file = folder / "kernel.cubin"
     file.write_bytes(made.asm["cubin"])
-    said = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([TOOLS / tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def usage(made: Any, folder: Path) -> dict[str, int]:
+    """Registers and bytes of local memory of a thread, and bytes of shared memory of a program."""
+    said = told(made, folder, "cuobjdump", "-res-usage")
     return {name: int(number) for name, number in re.findall(r"(REG|LOCAL|SHARED):(\d+)", said)}
 
 
 def disassembled(made: Any, folder: Path) -> list[str]:
     """Its instructions and labels, in their order in memory."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(made.asm["cubin"])
-    said = subprocess.run([TOOLS / "nvdisasm", "-c", file], capture_output=True, text=True, check=True).stdout
+    said = told(made, folder, "nvdisasm", "-c")
     lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in said.splitlines()]
     return [line for line in lines if line.endswith((";", ":"))]
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from nvae.bricks.cells import RegularOp
 from nvae.bricks.flows import ShiftCell
 from nvae.bricks.groups import LatentGroup
-from nvae.bricks.latents import Normal, kl_divergence, score
+from nvae.bricks.latents import Normal, importance_weighted_bound, kl_divergence, score
 from nvae.bricks.likelihoods import LIKELIHOODS, quantise
 from nvae.bricks.normalisation import BatchNorm, measuring
 from nvae.core.errors import UserError
-from nvae.evaluation.bounds import importance_weighted_bound
 from nvae.models.base import Noise, Output
 from nvae.models.nvae.config import NVAEConfig
 from nvae.models.nvae.model import NVAE

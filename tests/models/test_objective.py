@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from nvae.evaluation.bounds import importance_weighted_bound
+from nvae.bricks.latents import importance_weighted_bound
 from nvae.evaluation.figures import bits_per_dim
 from nvae.models.nvae.objective import (
     ObjectiveConfig,

@@ -143,12 +143,21 @@ class Trace(TorchDispatchMode):
                 self._count(name, _launches(name, args), given + written, _products(func, args, kwargs or {}, made))
         return made
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within, nothing is counted."""
+        before, self._silent = self._silent, True
+        try:
+            yield
+        finally:
+            self._silent = before
+
     def _passed(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """A fused function's result."""
-        before, self._silent = self._silent, True
-        made = function(*args)
-        self._silent = before
-        if not before:
+        counts = not self._silent
+        with self.silent():
+            made = function(*args)
+        if counts:
             name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
             self._count(name, PASSES.get(name, 1), _tensors((args, made)))
         return made

@@ -46,11 +46,7 @@ def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1,
     Without DDP, whose exchange of gradients is PyTorch's own; and without loading images.
     """
     with pytest.MonkeyPatch.context() as patch, ranks(world), fake_gpu(patch):
-        patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
-        run = _trainer(config, precision, accumulation)
-        for parameter in run.parameters:
-            parameter.grad = torch.empty_like(parameter)
-        run.state.optimiser.step()
+        run = _under_way(patch, config, precision, accumulation)
         trace = Trace(patch)
         with trace:
             run.step()
@@ -60,11 +56,7 @@ def traced_update(config: AnyRunConfig, precision: Precision, *, world: int = 1,
 def compiled_update(config: AnyRunConfig, precision: Precision) -> tuple[Trace, Launched]:
     """What an update of a run with `train.compile` asks of its GPU: outside of the compiled parts, and within them."""
     with pytest.MonkeyPatch.context() as patch, fake_gpu(patch), gpu_code(patch) as launched:
-        patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
-        run = _trainer(config, precision, 1)
-        for parameter in run.parameters:
-            parameter.grad = torch.empty_like(parameter)
-        run.state.optimiser.step()
+        run = _under_way(patch, config, precision, 1)
         launched.trace = Trace(patch)
         compile_each(run.model.parts())
         with launched.trace:
@@ -116,6 +108,16 @@ def readiness(config: AnyRunConfig, *, world: int) -> Readiness:
             start = trace.seconds
             loss.backward()
     return Readiness([(seconds - start, numbers) for seconds, numbers in found], trace.seconds - start)
+
+
+def _under_way(patch: pytest.MonkeyPatch, config: AnyRunConfig, precision: Precision, accumulation: int) -> Trainer:
+    """One whose optimiser has its memory."""
+    patch.setattr(trainer, "parallel", lambda model, device, exchange: model)
+    run = _trainer(config, precision, accumulation)
+    for parameter in run.parameters:
+        parameter.grad = torch.empty_like(parameter)
+    run.state.optimiser.step()
+    return run
 
 
 def _trainer(config: AnyRunConfig, precision: Precision, accumulation: int) -> Trainer:

@@ -8,14 +8,13 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.utils._triton
 from fake_gpu import OPERATORS, Trace
 
 KERNEL = re.compile(r"(triton_\w+)\.run\(")
@@ -51,25 +50,22 @@ class Launched:
         self.trace: Trace | None = None
         """Is not to count the operators that stand in for the code."""
 
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Within, the trace, if there is one, counts nothing."""
+        return nullcontext() if self.trace is None else self.trace.silent()
+
 
 @contextmanager
 def gpu_code(patch: pytest.MonkeyPatch) -> Iterator[Launched]:
-    """Within, `torch.compile` makes code for a GPU that is not there; a `Launched` counts what it launches."""
+    """Within, `torch.compile` makes code for a GPU that is not there; a `Launched` counts what it launches.
+
+    For a process of its own: what the library finds of its devices it remembers.
+    """
     launched = Launched()
     _pretend(patch)
     _write_only(patch, launched)
-    _forget()
     with torch._inductor.config.patch(fx_graph_cache=False, joint_graph_constant_folding=False):
         yield launched
-    _forget()
-
-
-def _forget() -> None:
-    """What was compiled, and what was found of the devices that there are."""
-    torch._dynamo.reset()
-    for found in vars(torch.utils._triton).values():
-        if hasattr(found, "cache_clear"):
-            found.cache_clear()
 
 
 def _pretend(patch: pytest.MonkeyPatch) -> None:
@@ -141,7 +137,7 @@ def _write_only(patch: pytest.MonkeyPatch, launched: Launched) -> None:
 
     def inner(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
         written.clear()
-        with _silent(launched.trace):
+        with launched.uncounted():
             inductor(copy.deepcopy(graph), inputs, **options)
         body = written[-1].partition("def call(")[2] if written else ""
         kernels = Counter(KERNEL.findall(body) + LIBRARY.findall(body))
@@ -150,7 +146,7 @@ def _write_only(patch: pytest.MonkeyPatch, launched: Launched) -> None:
 
         def run(*args: Any) -> Any:
             launched.kernels.update(kernels)
-            with _silent(launched.trace):
+            with launched.uncounted():
                 return graph.forward(*args)
 
         return make_boxed_func(run)
@@ -158,7 +154,7 @@ def _write_only(patch: pytest.MonkeyPatch, launched: Launched) -> None:
     @cache  # modules share their code where they share the backend
     def backend(options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         def write(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            with _silent(launched.trace), torch._inductor.config.patch(dict(options)):
+            with launched.uncounted(), torch._inductor.config.patch(dict(options)):
                 return compile_fx.compile_fx(graph, inputs, inner_compile=inner)
 
         return write
@@ -169,16 +165,3 @@ def _write_only(patch: pytest.MonkeyPatch, launched: Launched) -> None:
         return original(model, backend=backend(tuple((options or {}).items())), **settings)
 
     patch.setattr(torch, "compile", compiled)
-
-
-@contextmanager
-def _silent(trace: Trace | None) -> Iterator[None]:
-    """Within, a trace counts nothing."""
-    if trace is None:
-        yield
-        return
-    before, trace._silent = trace._silent, True
-    try:
-        yield
-    finally:
-        trace._silent = before

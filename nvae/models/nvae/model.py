@@ -17,7 +17,7 @@ from ...bricks.cells import ARCHITECTURES, Cell, Op, RegularOp
 from ...bricks.convolutions import Conv2d, EffectiveWeights
 from ...bricks.groups import LatentGroup, Tower
 from ...bricks.labels import ClassVectors
-from ...bricks.latents import Draw, Normal
+from ...bricks.latents import Draw, Normal, importance_weighted_bound
 from ...bricks.likelihoods import LIKELIHOODS, Likelihood, quantise
 from ...bricks.normalisation import BatchNorm, advancing_together
 from ...bricks.recomputation import Recomputable
@@ -32,7 +32,6 @@ from .objective import (
     balance_factors,
     balance_weights,
     balanced_kl,
-    importance_weighted,
     in_warm_up,
     kl_coefficient,
     spectral_weight,
@@ -248,7 +247,7 @@ class NVAE(Hierarchy[NVAEConfig]):
         """The loss in the warm-up, then minus the mean importance-weighted bound of the draws of each image."""
         of_latents = output.log_weight + output.reconstruction  # log p(z) − log q(z | x)
         log_weights = self.config.objective.kl_weight * of_latents - output.reconstruction
-        weighted = -importance_weighted(log_weights.reshape(self.draws, -1)).mean()
+        weighted = -importance_weighted_bound(log_weights.reshape(self.draws, -1)).mean()
         if isinstance(coefficient, Tensor):
             return torch.where(coefficient < 1, loss, weighted)
         return loss if coefficient < 1 else weighted

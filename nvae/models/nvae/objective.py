@@ -91,8 +91,3 @@ def in_warm_up(weights: Tensor, coefficient: Number) -> Tensor:
     if isinstance(below, Tensor):
         return torch.where(below, weights, 1.0)
     return weights if below else torch.ones_like(weights)
-
-
-def importance_weighted(log_weights: Tensor) -> Tensor:
-    """log mean_k w_k, (B,) nats, of log weights (K, B) (Burda et al. 2016, Eq. 8; spec §7)."""
-    return log_weights.logsumexp(0) - math.log(log_weights.shape[0])
